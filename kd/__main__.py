@@ -1,0 +1,5 @@
+"""`python -m kd`."""
+
+from kd.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""Compression: what a net costs, and later what makes it cheaper."""

@@ -1,0 +1,187 @@
+"""What is minimised: named terms, each a loss with its weight and the views it binds to.
+
+A view is one named tensor: `student.logits`, `teacher.logits`, a layer's output such as `student.layer3`, or
+`batch.target`. Terms name views; losses see tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from kd.errors import InputError, nearest
+
+Value = TypeVar("Value")
+
+LOGITS = "logits"
+_SIDES = {"student": "student", "teacher": "teacher", "target": "batch"}
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """One loss, what it weighs, and the views it is given.
+
+    Args:
+        loss: called as `loss(student=…)` with `teacher=…` and `target=…` where those are named; gives a scalar.
+        weight: 0 or more. At exactly 0 the term is not computed at all.
+        student: `student.logits`, or `student.` and the path of a layer.
+        teacher: `teacher.logits`, or `teacher.` and the path of a layer.
+        target: `batch.target`.
+
+    Raises:
+        InputError: if the weight is negative or no finite number, or a name does not begin as it must.
+
+    >>> from kd.losses.logits import CrossEntropy
+    >>> Term(CrossEntropy(), 0.1, student="logits", target="batch.target")
+    Traceback (most recent call last):
+        ...
+    kd.errors.InputError: a term reads 'logits' as its student; a name that begins with 'student.' was meant, such as \
+'student.logits'
+    """
+
+    loss: nn.Module
+    weight: float
+    student: str
+    teacher: str | None = None
+    target: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what no batch can mend."""
+        if not isinstance(self.loss, nn.Module):
+            raise InputError(f"a term's loss is {self.loss!r}; a module with forward(student=…, …) was meant")
+        number = isinstance(self.weight, int | float) and not isinstance(self.weight, bool)
+        if not (number and 0 <= self.weight < math.inf):
+            raise InputError(f"a term weighs {self.weight!r}; a finite number, 0 or more, was meant")
+        object.__setattr__(self, "weight", float(self.weight))  # frozen to its users, not to its own construction
+        for role, view in {"student": self.student, **self.names()}.items():
+            side = _SIDES[role]
+            if not (isinstance(view, str) and view.startswith(f"{side}.") and view != f"{side}."):
+                example = "batch.target" if role == "target" else f"{side}.{LOGITS}"
+                raise InputError(
+                    f"a term reads {view!r} as its {role}; a name that begins with '{side}.' was meant, such as "
+                    f"{example!r}"
+                )
+
+    def names(self) -> dict[str, str]:
+        """The view's name for each argument that the loss is given.
+
+        >>> from kd.losses.logits import CrossEntropy
+        >>> Term(CrossEntropy(), 1, student="student.logits", target="batch.target").names()
+        {'student': 'student.logits', 'target': 'batch.target'}
+        """
+        given = {"student": self.student, "teacher": self.teacher, "target": self.target}
+        return {role: view for role, view in given.items() if view is not None}
+
+
+class Objective(nn.Module):
+    """The weighted sum of named terms.
+
+    Terms stand in the order of their names, not of the mapping: the sum and the draw of trainable parts must give the
+    same bits when a config is read back with sorted keys. The losses of active terms are submodules, so what they
+    train is optimised and checkpointed with the objective.
+
+    Args:
+        terms: name to term; the name is what logs and reports show.
+
+    Raises:
+        InputError: if no term weighs anything, or a name is no identifier.
+
+    >>> from kd.losses.logits import CrossEntropy, SoftTargetKL
+    >>> objective = Objective({
+    ...     "ce": Term(CrossEntropy(), 0.1, student="student.logits", target="batch.target"),
+    ...     "kd": Term(SoftTargetKL(4.0), 0.9, student="student.logits", teacher="teacher.logits"),
+    ... })
+    >>> logits = torch.tensor([[1.0, 0.0]])
+    >>> total, parts = objective(
+    ...     {"student.logits": logits, "teacher.logits": logits, "batch.target": torch.tensor([0])})
+    >>> total, parts["ce"], parts["kd"]
+    (tensor(0.0313), tensor(0.3133), tensor(0.))
+    """
+
+    def __init__(self, terms: Mapping[str, Term]) -> None:
+        super().__init__()
+        for name in terms:
+            # The name becomes an attribute, a logged metric (train/ce) and a column.
+            if not name.isidentifier() or hasattr(nn.ModuleDict(), name):
+                raise InputError(f"a term cannot be called {name!r}; use letters, digits and _, such as 'kd'")
+        self.terms: dict[str, Term] = dict(sorted(terms.items()))
+        self.active: dict[str, Term] = {name: term for name, term in self.terms.items() if term.weight != 0}
+        if not self.active:
+            weightless = f"all weights are 0 ({', '.join(self.terms)})" if self.terms else "there is no term"
+            raise InputError(f"the objective has nothing to minimise: {weightless}; give a term a weight above 0")
+        self.losses = nn.ModuleDict({name: term.loss for name, term in self.active.items()})
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether an active term reads a view of the teacher's."""
+        return any(term.teacher is not None for term in self.active.values())
+
+    def paths(self, side: str) -> list[str]:
+        """The layers of a net that active terms read, sorted: what to tap. Logits are no layer.
+
+        Args:
+            side: `student` or `teacher`.
+
+        Raises:
+            InputError: if the side is another.
+        """
+        if side not in ("student", "teacher"):
+            raise InputError(f"{side!r} is no side of an objective{nearest(side, ('student', 'teacher'))}")
+        views = {view for term in self.active.values() for view in term.names().values()}
+        return sorted(v.partition(".")[2] for v in views if v.startswith(f"{side}.") and v != f"{side}.{LOGITS}")
+
+    def bind(self, shapes: Mapping[str, torch.Size]) -> None:
+        """Tell each loss that asks for them the shapes of its two views, so that it can make its trainable parts.
+
+        They draw from the global generator in the order of the terms' names: the same seed gives the same parts.
+
+        Args:
+            shapes: view name to shape, batch first.
+
+        Raises:
+            InputError: if a view is not among the shapes, or a loss cannot bridge them.
+        """
+        for name, term in self.active.items():
+            bind = getattr(term.loss, "bind", None)
+            if bind is None:
+                continue
+            wanted = [view for role, view in term.names().items() if role != "target"]
+            found = [_look_up(view, shapes, name) for view in wanted]
+            try:
+                bind(*found)
+            except InputError as error:
+                raise InputError(f"the term {name!r} reads {' and '.join(wanted)}: {error}") from error
+
+    def forward(self, views: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The scalar to minimise, and each active term's own loss before its weight.
+
+        A term of weight 0 is left out rather than multiplied: 0 times NaN is NaN, and at alpha 0 there may be no
+        teacher to ask.
+
+        Args:
+            views: name to tensor; more than the terms read is no harm.
+
+        Raises:
+            InputError: if a view is missing, or a loss gives no scalar.
+        """
+        parts: dict[str, Tensor] = {}
+        for name, term in self.active.items():
+            part = term.loss(**{role: _look_up(view, views, name) for role, view in term.names().items()})
+            if part.ndim:
+                raise InputError(f"the loss of the term {name!r} has shape {tuple(part.shape)}; a scalar was meant")
+            parts[name] = part
+        weighted = [self.active[name].weight * part for name, part in parts.items()]
+        return sum(weighted[1:], start=weighted[0]), parts
+
+
+def _look_up(view: str, found: Mapping[str, Value], term: str) -> Value:
+    if view not in found:
+        raise InputError(
+            f"the term {term!r} reads {view!r}, which is not among {', '.join(sorted(found))}{nearest(view, found)}"
+        )
+    return found[view]

@@ -1,0 +1,134 @@
+"""From a composed config to the stages' keys: what each stage is made of, and whether the store has it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from kd.errors import InputError, nearest
+from kd.instantiate import check_target, instantiate, resolve, signature_errors, targets
+from kd.store import Store, digest, document, plain
+from kd.training.settings import Fit, Run, typed
+
+
+@dataclass(frozen=True)
+class Node:
+    """One stage of a plan: its key, what the key is made of, and the keys of its inputs by name."""
+
+    name: str
+    key: str
+    document: dict[str, Any]
+    inputs: dict[str, str]
+    unused: dict[str, str]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The stage's own config."""
+        return dict(self.document["config"])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The stages of one job in order; the run's hash is the key of the last."""
+
+    nodes: tuple[Node, ...]
+    pipeline: str
+    dials: dict[str, Any]
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """The run's hash."""
+        return self.nodes[-1].key
+
+
+def status(node: Node, store: Store) -> str:
+    """`hit`, `miss`, `damaged` (will be made again) or `running` (another process makes it now)."""
+    if store.get(node.key) is not None:
+        return "hit"
+    if store.broken(node.key):
+        return "damaged"
+    return "running" if store.locked(node.key) else "miss"
+
+
+def plan(config: Mapping[str, Any], overrides: tuple[str, ...] = ()) -> Plan:
+    """The stages of a composed config with their keys; nothing is run and no torch is imported.
+
+    ``config`` is plain data: ``pipeline.stages`` in order, each with ``_target_``, ``inputs`` (name: stage) and its
+    own fields; ``run``; the dials.
+
+    Raises:
+        InputError: if a stage, an input or a data set is not what it should be.
+    """
+    run = Run(**config["run"])
+    stages = config["pipeline"]["stages"]
+    made: dict[str, Node] = {}
+    skipped: dict[str, str] = {}
+    for name, subtree in stages.items():
+        where = f"pipeline.stages.{name}"
+        for path, target in targets(subtree, where):
+            check_target(target, run.trusted) if path else None
+        kind = resolve(subtree["_target_"])
+        body = {k: v for k, v in subtree.items() if k not in ("_target_", "inputs")}
+        signature_errors({"_target_": subtree["_target_"], **body}, where)
+        inputs = dict(subtree.get("inputs") or {})
+        for role, source in inputs.items():
+            if source not in made and source not in skipped:
+                later = " (it stands later)" if source in stages else nearest(str(source), stages)
+                raise InputError(f"{where}.inputs.{role}={source!r} is no stage before it{later}")
+        if "data" in body:
+            body["data"] = _with_digest(plain(body["data"], f"{where}.data"), run)
+        if "fit" in body:
+            body["fit"] = _fit(body["fit"], "fit" if name != "teacher" else "teacher_fit")
+        body = plain(body, where)
+        unused = kind.unused(body, inputs)
+        kept = {role: source for role, source in inputs.items() if role not in unused and source not in skipped}
+        keys = {role: made[source].key for role, source in kept.items()}
+        text = document(_name(subtree["_target_"]), kind.VERSION, body, keys, kind.SINCE)
+        made[name] = Node(name, digest(text), text, keys, unused)
+    return Plan(
+        nodes=_needed(made),
+        pipeline=str(config["pipeline"].get("name", "")),
+        dials={name: config[name] for name in ("temperature", "alpha", "seed") if name in config},
+        overrides=overrides,
+    )
+
+
+def _name(target: str) -> str:
+    return check_target(target)
+
+
+def _fit(node: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A fit with every field present and in range."""
+    fit = typed(Fit, node, where)
+    return {f.name: getattr(fit, f.name) for f in fields(Fit)}
+
+
+_RESOLVED: dict[tuple[str, str], dict[str, Any]] = {}
+
+
+def _with_digest(data: dict[str, Any], run: Run) -> dict[str, Any]:
+    """The data's config with nothing left open and the digest of its content, computed once and kept."""
+    from kd.store import canonical
+
+    known = canonical(data), canonical([run.data_dir, run.store])
+    if known not in _RESOLVED:
+        root, cache = Path(run.data_dir).expanduser(), Path(run.store).expanduser() / "data"
+        source = instantiate({k: v for k, v in data.items() if k != "digest"}).resolved(root)
+        found = source.content_digest(root, cache / "digests.json")
+        whole = {f.name: getattr(source, f.name) for f in fields(source) if f.name != "digest"}
+        _RESOLVED[known] = plain({"_target_": data["_target_"], **whole, "digest": found})
+    return _RESOLVED[known]
+
+
+def _needed(made: Mapping[str, Node]) -> tuple[Node, ...]:
+    """The last stage and what it reads, directly or through others, in order."""
+    by_key = {node.key: node for node in made.values()}
+    wanted, open_ = set(), [list(made.values())[-1]]
+    while open_:
+        node = open_.pop()
+        wanted.add(node.name)
+        open_.extend(by_key[key] for key in node.inputs.values())
+    return tuple(node for node in made.values() if node.name in wanted)

@@ -1,0 +1,295 @@
+"""Cards into flat rows, one per scored model; rows into groups, one per setting over its seeds.
+
+A row is a plain dict. The shape of a column's name says what it is: a slash is a metric (`test/accuracy`),
+`config.` is a leaf of the hashed config, the rest are the names below and the dials.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any, TypeAlias
+
+from kd.store import short
+
+Card: TypeAlias = Mapping[str, Any]
+Row: TypeAlias = dict[str, Any]
+
+TEACHER, ALONE, DISTILLED = "teacher", "student alone", "student distilled"
+ACCURACY = "test/accuracy"
+CHOICE = "val/accuracy"  # what "best" is chosen by: choosing by the test split would flatter the choice
+COST = ("parameters", "macs", "bytes", "latency_ms_batch1", "latency_ms_batch64")
+# Columns that a second run of the same setting may measure differently; metrics are known by their slash.
+MEASURED = ("gain", "latency_ms_batch1", "latency_ms_batch64", "wall_s")
+# What a row is compared with, measured on another run: one teacher for all seeds has no spread.
+REFERENCES = ("teacher/accuracy", "alone/accuracy")
+# Settings with a column of their own.
+_OWN = {"config.seed", "config.fit.epochs", "config.fit.samples", "config.model.name", "config.data.name"}
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A measured value over seeds: mean, sample standard deviation (None for one seed) and their number.
+
+    >>> Spread.of([0.98, 0.97])
+    Spread(mean=0.975, sd=0.007071067811865481, n=2)
+    """
+
+    mean: float
+    sd: float | None
+    n: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """The spread of one or more values."""
+        return cls(fmean(values), stdev(values) if len(values) > 1 else None, len(values))
+
+
+def collect(cards: Iterable[Card], lookup: Mapping[str, Card] | None = None) -> list[Row]:
+    """One row for each card that holds a scored model, in the order given; soft labels give none.
+
+    ``lookup`` (key -> card, usually the whole store) is where parents and the student alone are found.
+
+    >>> collect([])
+    []
+    """
+    given = {card["key"]: card for card in cards}
+    known = {**(lookup or {}), **given}
+    teachers = {key for card in known.values() if (key := _inputs(card).get("teacher"))}
+    alone = _alone_by_student(known)
+    return [_row(card, known, teachers, alone) for card in given.values() if _scored(card)]
+
+
+def related(cards: Iterable[Card], lookup: Mapping[str, Card]) -> list[Card]:
+    """The cards with all they descend from, and the students trained alone that they compare with."""
+    found = {card["key"]: card for card in cards}
+    alone = _alone_by_student({**lookup, **found})
+    queue = list(found.values())
+    while queue:
+        card = queue.pop()
+        near = [lookup[key] for key in _inputs(card).values() if key in lookup]
+        near += alone.get(_student(card), []) if _is(card, "Distil") else []
+        for other in near:
+            if other["key"] not in found:
+                found[other["key"]] = other
+                queue.append(other)
+    return list(found.values())
+
+
+def over_seeds(rows: Iterable[Row]) -> list[Row]:
+    """Rows that are equal in everything but the seed, joined: measured columns become a `Spread`.
+
+    Other columns keep their value where it is the same, and become a tuple of the distinct values where it is not.
+
+    >>> [group] = over_seeds([{"group": "a", "seed": 0, "test/accuracy": 0.5}, {"group": "a", "seed": 1}])
+    >>> group["seed"], group["n"], group["test/accuracy"]
+    ((0, 1), 2, Spread(mean=0.5, sd=None, n=1))
+    """
+    gathered: dict[tuple[str, Any], list[Row]] = {}
+    for row in rows:  # one seed's model may be the teacher of a student that is its equal
+        gathered.setdefault((row["group"], row.get("role")), []).append(row)
+    return [_join(members) for members in gathered.values()]
+
+
+def best(rows: Iterable[Row], role: str = DISTILLED) -> Row | None:
+    """The row or group of that role with the highest validation accuracy; test accuracy where none was measured."""
+    candidates = [row for row in rows if row.get("role") == role and number(row.get(ACCURACY)) is not None]
+    measured = [row for row in candidates if number(row.get(CHOICE)) is not None]
+    column = CHOICE if measured else ACCURACY
+    return max(measured or candidates, key=lambda row: number(row[column]) or 0.0, default=None)
+
+
+def number(value: Any) -> float | None:
+    """The number of a cell: a spread's mean, a plain number, or None.
+
+    >>> number(Spread(0.5, None, 1)), number(3), number("x"), number(True)
+    (0.5, 3, None, None)
+    """
+    if isinstance(value, Spread):
+        return value.mean
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def is_measured(column: str) -> bool:
+    """Whether a column is a result, not a setting.
+
+    >>> is_measured("test/accuracy"), is_measured("temperature")
+    (True, False)
+    """
+    return "/" in column or column in MEASURED
+
+
+def same(value: Any) -> str:
+    """A text by which two cells are compared, lists by their content.
+
+    >>> same(4) == same(4.0), same(1) == same(True), same([8, 16]) == same((8, 16))
+    (True, False, True)
+    """
+    amount = number(value)
+    return _text(value) if amount is None else repr(float(amount))
+
+
+def _text(data: Any) -> str:
+    """Plain data as one text; a card's own check (`kd.store.plain`) would let one odd card spoil a whole report."""
+    return json.dumps(data, sort_keys=True, default=str)
+
+
+def varying_settings(rows: Sequence[Row], roles: Iterable[str] = (TEACHER, ALONE, DISTILLED)) -> list[str]:
+    """The settings in which rows of the same role differ, less those that follow from another column.
+
+    A weight that equals a dial (or one minus it) follows from that dial; a model's width follows from its name.
+    """
+    found: dict[str, None] = {}
+    for role in roles:
+        members = [row for row in rows if row.get("role") == role]
+        dials = [c for c in dial_names(members) if c != "seed"]
+        for column in dict.fromkeys(column for row in members for column in row):
+            leaf = column.startswith("config.")  # there, null is a value; elsewhere it means "has none"
+            if column in _OWN or not (leaf or column in ("model", "data", "epochs", "samples", *dials)):
+                continue
+            values = {same(row[column]) for row in members if column in row and (leaf or row[column] is not None)}
+            if len(values) > 1 and not (leaf and _follows(column, members, dials)):
+                found[column] = None
+    return sorted(found, key=lambda column: column.startswith("config."))
+
+
+def dial_names(rows: Iterable[Row]) -> list[str]:
+    """The dials of the rows, temperature and alpha first."""
+    names = dict.fromkeys(name for row in rows for name in row.get("dials", ()))
+    return sorted(names, key=lambda name: {"temperature": 0, "alpha": 1, "seed": 3}.get(name, 2))
+
+
+def _inputs(card: Card) -> dict[str, str]:
+    return dict(card["document"].get("inputs", {}))
+
+
+def _is(card: Card, stage: str) -> bool:
+    return str(card["document"]["stage"]).rpartition(".")[2] == stage
+
+
+def _scored(card: Card) -> bool:
+    return ACCURACY in card.get("metrics", {})
+
+
+def _model(card: Card) -> Mapping[str, Any]:
+    config = card["document"]["config"]
+    return config.get("student") or config.get("model") or {}
+
+
+def _student(card: Card) -> str:
+    """What a student alone and a distilled one must share to be compared: model, data and schedule."""
+    config = card["document"]["config"]
+    return _text([_model(card), config.get("data"), config.get("fit")])
+
+
+def _alone_by_student(known: Mapping[str, Card]) -> dict[str, list[Card]]:
+    found: dict[str, list[Card]] = {}
+    for card in known.values():
+        if _is(card, "Train") and _scored(card):
+            found.setdefault(_student(card), []).append(card)
+    return found
+
+
+def _teacher(card: Card, known: Mapping[str, Card]) -> Card | None:
+    """The nearest ancestor that came in as a teacher: of the card itself, else of what it was made from."""
+    inputs = _inputs(card)
+    if "teacher" in inputs:
+        return known.get(inputs["teacher"])
+    parents = (known[key] for key in inputs.values() if key in known)
+    return next((found for parent in parents if (found := _teacher(parent, known))), None)
+
+
+def _group(card: Card, known: Mapping[str, Card]) -> str:
+    """A name for the card's setting: its document less the seed, with its parents' settings for their keys."""
+    document = card["document"]
+    config = {name: value for name, value in document["config"].items() if name != "seed"}
+    parents = {name: _group(known[key], known) if key in known else key for name, key in _inputs(card).items()}
+    return hashlib.sha256(_text([document["stage"], document["version"], config, parents]).encode()).hexdigest()
+
+
+def _row(card: Card, known: Mapping[str, Card], teachers: set[str], alone: Mapping[str, list[Card]]) -> Row:
+    config, metrics = card["document"]["config"], card["metrics"]
+    model, fit, teacher = _model(card), config.get("fit", {}), _teacher(card, known)
+    shown = short(card["key"])
+    # The dials stand in every command; a model that had no teacher did not hear them.
+    deaf = ("temperature", "alpha") if _is(card, "Train") else ()
+    dials = {name: value for name, value in (card.get("dials") or {}).items() if name not in deaf}
+    row: Row = {"role": _role(card, teachers), "model": model.get("name"), "data": config.get("data", {}).get("name")}
+    row |= {name: value for name, value in dials.items() if name not in ("seed", *row)}
+    row |= {"epochs": fit.get("epochs"), "samples": fit.get("samples") or "all", "seed": config.get("seed")}
+    row |= {name: value for name, value in metrics.items() if "/" in name and isinstance(value, (int, float))}
+    row["teacher/accuracy"] = teacher["metrics"].get(ACCURACY) if teacher else None
+    row["alone/accuracy"] = _alone_accuracy(card, alone)
+    row["gain"] = None if row["alone/accuracy"] is None else row[ACCURACY] - row["alone/accuracy"]
+    cost = card.get("cost") or {}
+    row |= {name: cost.get(name) for name in COST}
+    large, own = (teacher.get("cost") or {}).get("parameters") if teacher else None, cost.get("parameters")
+    row["compression"] = large / own if large and own else None
+    row["wall_s"] = card.get("time", {}).get("wall_s")
+    row |= {"hash": shown, "command": f"kd reproduce {shown}", "key": card["key"], "stage": card["stage"]}
+    row |= {"started": card.get("time", {}).get("started"), "sweep": card.get("run", {}).get("sweep")}
+    row |= {"group": _group(card, known), "dials": tuple(dials)}
+    # A student's config is named as a teacher's is, so that both stand in one column.
+    leaves = {("model" if name == "student" else name): value for name, value in config.items()}
+    return row | dict(_leaves(leaves, "config"))
+
+
+def _role(card: Card, teachers: set[str]) -> str:
+    if _is(card, "Train"):
+        return TEACHER if card["key"] in teachers else ALONE
+    if _is(card, "Distil"):
+        return DISTILLED
+    return str(card["document"]["stage"]).rpartition(".")[2].lower()
+
+
+def _alone_accuracy(card: Card, alone: Mapping[str, list[Card]]) -> float | None:
+    """Accuracy of the same student trained alone: with the same seed, else the mean over the seeds there are."""
+    if not _is(card, "Distil"):
+        return None
+    others = alone.get(_student(card), [])
+    seed = card["document"]["config"].get("seed")
+    paired = [other for other in others if other["document"]["config"].get("seed") == seed]
+    values = [float(other["metrics"][ACCURACY]) for other in paired or others]
+    return fmean(values) if values else None
+
+
+def _leaves(node: Mapping[str, Any], path: str) -> Iterable[tuple[str, Any]]:
+    for name, value in node.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{path}.{name}")
+        else:
+            yield f"{path}.{name}", value
+
+
+def _join(members: list[Row]) -> Row:
+    group: Row = {}
+    for column in dict.fromkeys(column for row in members for column in row):
+        values = [row[column] for row in members if row.get(column) is not None]
+        distinct = [] if is_measured(column) and column not in REFERENCES else _distinct(values)
+        if len(distinct) == 1:
+            group[column] = distinct[0]
+        elif is_measured(column):
+            group[column] = Spread.of(values) if values else None
+        else:
+            group[column] = tuple(distinct) or None
+    return group | {"n": len(members)}
+
+
+def _distinct(values: Iterable[Any]) -> list[Any]:
+    return list({same(value): value for value in values}.values())
+
+
+def _follows(column: str, rows: Sequence[Row], dials: Sequence[str]) -> bool:
+    owner = column.split(".")[1]
+    if owner in ("model", "data"):
+        pairs = {(same(row.get(owner)), same(row[column])) for row in rows if column in row}
+        return len(pairs) == len({name for name, _ in pairs})
+    return any(all(_is_dial(row.get(column), row.get(dial)) for row in rows) for dial in dials)
+
+
+def _is_dial(value: Any, dial: Any) -> bool:
+    one, other = number(value), number(dial)
+    return one is not None and other is not None and min(abs(one - other), abs(one + other - 1)) < 1e-9

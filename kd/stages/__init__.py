@@ -1,0 +1,7 @@
+"""Stages: one dataclass each; fields are its config, `run` makes its artifact. Torch is imported late."""
+
+from kd.stages.base import Room, Stage
+from kd.stages.fingerprints import code_print, environment_print
+from kd.stages.image import Distil, SoftLabels, Train
+
+__all__ = ["Distil", "Room", "SoftLabels", "Stage", "Train", "code_print", "environment_print"]

@@ -1,0 +1,61 @@
+"""What every stage is: a frozen dataclass whose fields are its config, and one method that makes the artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from kd.store import Artifact
+from kd.training.settings import Run
+
+Event = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Room:
+    """Where a stage works and whom it tells: nothing in it changes a number."""
+
+    run: Run
+    work: Path
+    key: str = ""
+    stage: str = ""
+    sweep: str | None = None
+    document: Mapping[str, Any] = field(default_factory=dict)
+    dials: Mapping[str, Any] = field(default_factory=dict)
+    tell: Callable[[Event], None] = lambda event: None
+
+    @property
+    def data_dir(self) -> Path:
+        """Where data sets are looked for."""
+        return Path(self.run.data_dir).expanduser()
+
+    @property
+    def data_cache(self) -> Path:
+        """Where content digests and decoded sets are kept."""
+        return Path(self.run.store).expanduser() / "data"
+
+
+class Stage(Protocol):
+    """One step with an artifact. `VERSION` moves when the same config would give another artifact."""
+
+    VERSION: ClassVar[int]
+    SINCE: ClassVar[dict[str, Any]]
+
+    @classmethod
+    def unused(cls, config: Mapping[str, Any], inputs: Mapping[str, str]) -> dict[str, str]:
+        """Inputs this config does not read, each with the reason; they are left out of plan and key."""
+        ...
+
+    def check(self, inputs: Mapping[str, Stage | Artifact], room: Room) -> None:
+        """Refuse what cannot run, before anything is trained.
+
+        Raises:
+            InputError: in one line.
+        """
+        ...
+
+    def run(self, inputs: Mapping[str, Artifact], out: Path, room: Room) -> dict[str, Any]:
+        """Write the artifact's files into ``out`` and return the stage's part of the card."""
+        ...

@@ -1,0 +1,295 @@
+"""What watches a training: records, checkpoints, selection of the epoch to keep, progress. None of it moves a bit."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from kd.errors import KDError
+from kd.models import weights_digest
+from kd.training.module import Distiller
+from kd.training.seeds import seed_step
+from kd.training.settings import Fit
+
+FIRST = 10  # losses recorded one by one, so that an early divergence tells where
+CHECKPOINT = "last.ckpt"
+HISTORY = "history.jsonl"
+
+
+def _distiller(module: pl.LightningModule) -> Distiller:
+    if not isinstance(module, Distiller):
+        raise TypeError(f"expected a Distiller, got {type(module).__name__}")
+    return module
+
+
+class Reseed(pl.Callback):
+    """Set torch's generators before each step from (seed, step): dropout does not know what ran before."""
+
+    def __init__(self, seed: int) -> None:
+        """Keep the seed."""
+        self.seed = seed
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Reseed from the global step."""
+        seed_step(self.seed, trainer.global_step)
+
+
+class Recorder(pl.Callback):
+    """The run's own record: line-flushed history, epoch means, weights digest per epoch, first losses, NaN watch.
+
+    Loggers see what this writes; they are views of it.
+    """
+
+    def __init__(self, folder: Path, log_every: int, steps_per_epoch: int) -> None:
+        """Write `history.jsonl` into ``folder``; log the parts every ``log_every`` steps (0: never)."""
+        self.path = folder / HISTORY
+        self.log_every, self.steps_per_epoch = log_every, steps_per_epoch
+        self.losses: list[float] = []
+        self.epochs: list[dict[str, Any]] = []
+        self.resumed: list[int] = []
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data and numbers only: a checkpoint is loaded without pickle."""
+        return {
+            "losses": self.losses,
+            "epochs": self.epochs,
+            "resumed": self.resumed,
+            "sums": {name: value.item() for name, value in self.sums.items()},
+            "count": self.count,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the record up where the checkpoint left it."""
+        self.losses, self.epochs = list(state_dict["losses"]), [dict(e) for e in state_dict["epochs"]]
+        self.resumed = list(state_dict["resumed"])
+        self.sums = {name: torch.tensor(v, dtype=torch.float64) for name, v in state_dict["sums"].items()}
+        self.count = int(state_dict["count"])
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Drop the lines that a killed run wrote after its last checkpoint."""
+        if trainer.global_step:
+            self.resumed.append(trainer.global_step)
+        kept = []
+        for line in self.path.read_text().splitlines() if self.path.exists() else ():
+            try:
+                if json.loads(line)["step"] <= trainer.global_step:
+                    kept.append(line)
+            except (ValueError, KeyError):
+                break  # a line the kill cut short
+        self.path.write_text("".join(f"{line}\n" for line in kept))
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Ask for the gradient norm of each term where a log line is due."""
+        _distiller(pl_module).norms_due = self._due(trainer.global_step + 1)
+
+    def _due(self, step: int) -> bool:
+        return self.log_every > 0 and (step % self.log_every == 0 or step == 1)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any) -> None:
+        """Add the step to the epoch's sums, watch for numbers that are not finite, log where due."""
+        module, step = _distiller(pl_module), trainer.global_step
+        total = outputs["loss"].detach()
+        for name, value in {"loss": total, **module.parts}.items():
+            if name in self.sums:
+                self.sums[name] = self.sums[name].to(value.device).add_(value.detach())
+            else:
+                self.sums[name] = value.detach().double()
+        self.count += 1
+        due = self._due(step)
+        # On the CPU reading a number is free; on a GPU it would make each step wait, so there only where one is due.
+        if (due or total.device.type == "cpu" or step <= FIRST) and not bool(torch.isfinite(total)):
+            self._not_finite(trainer, module, step)
+        if step <= FIRST:
+            self.losses.append(total.item())
+        if due:
+            row = {"train/loss": total.item(), **{f"train/{n}": p.item() for n, p in module.parts.items()}}
+            row |= {f"grad/{name}": norm.item() for name, norm in module.norms.items()}
+            row |= {"lr": trainer.optimizers[0].param_groups[0]["lr"], "epoch": (step - 1) // self.steps_per_epoch}
+            self.write(trainer, step, row)
+
+    def _not_finite(self, trainer: pl.Trainer, module: Distiller, step: int) -> None:
+        bad = [name for name, part in module.parts.items() if not bool(torch.isfinite(part))]
+        named = f"term {' and '.join(map(repr, bad))} is" if bad else "the weighted sum of the terms is"
+        raise KDError(
+            f"step {step}: {named} not finite ({', '.join(f'{n}={p.item():.4g}' for n, p in module.parts.items())}); "
+            "the last good checkpoint is kept. Lower fit.lr, set fit.clip=1, or raise the temperature"
+        )
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Close the epoch: means, validation metrics, weights digest."""
+        module, step = _distiller(pl_module), trainer.global_step
+        means = {f"train/{name}": value.item() / self.count for name, value in self.sums.items()}
+        if not all(map(_finite, means.values())):
+            self._not_finite(trainer, module, step)
+        valid = {f"val/{n}": v for n, v in module.validation.items() if isinstance(v, (int, float))}
+        lr = trainer.optimizers[0].param_groups[0]["lr"]
+        epoch = {"epoch": trainer.current_epoch, "step": step, "lr": lr, **means, **valid}
+        self.epochs.append({**epoch, "weights": weights_digest(module.student.net)})
+        self.sums, self.count = {}, 0
+        module.validation = {}
+        self.write(trainer, step, {f"epoch/{k}" if k.startswith("train/") else k: v for k, v in epoch.items()})
+
+    def write(self, trainer: pl.Trainer, step: int, row: Mapping[str, Any]) -> None:
+        """One line into the record, then to the loggers."""
+        with self.path.open("a", buffering=1) as file:
+            file.write(json.dumps({"step": step, **row}) + "\n")
+        for logger in trainer.loggers:
+            logger.log_metrics({k: v for k, v in row.items() if k != "step"}, step=step)
+
+
+def _finite(value: float) -> bool:
+    return value == value and abs(value) != float("inf")
+
+
+class Selection(pl.Callback):
+    """Keep the weights of the best validation epoch, and stop early, on validation alone; test is never seen."""
+
+    def __init__(self, fit: Fit) -> None:
+        """Read `select` and `patience`."""
+        self.fit = fit
+        self.best: float | None = None
+        self.epoch = -1
+        self.weights: dict[str, Tensor] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best so far, weights included, so that a resumed run can still return to it."""
+        return {"best": self.best, "epoch": self.epoch, "weights": self.weights}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the best so far from the checkpoint."""
+        self.best, self.epoch, self.weights = state_dict["best"], state_dict["epoch"], state_dict["weights"]
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Compare this epoch's validation accuracy with the best."""
+        module = _distiller(pl_module)
+        if trainer.sanity_checking or not self.fit.needs_validation:
+            return
+        score = float(module.validation["accuracy"])
+        if self.best is None or score > self.best:
+            self.best, self.epoch = score, trainer.current_epoch
+            if self.fit.select == "best":
+                self.weights = {k: v.detach().cpu().clone() for k, v in module.student.net.state_dict().items()}
+        if self.fit.patience is not None and trainer.current_epoch - self.epoch >= self.fit.patience:
+            trainer.should_stop = True
+
+    def restore(self, module: Distiller) -> None:
+        """Put the chosen epoch's weights back into the student."""
+        if self.fit.select == "best" and self.weights:
+            module.student.net.load_state_dict(self.weights)
+
+
+class Checkpoint(pl.Callback):
+    """Write `last.ckpt` every so many seconds and at each epoch's end, whole or not at all.
+
+    Never at an epoch's last batch: Lightning would resume after the validation that had not run yet.
+    """
+
+    def __init__(self, folder: Path, seconds: float) -> None:
+        """Write into ``folder``."""
+        self.path, self.seconds, self.last = folder / CHECKPOINT, seconds, time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Write if it is time."""
+        if time.monotonic() - self.last >= self.seconds and not trainer.is_last_batch:
+            self.write(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write at the epoch's end if it is time, or the epoch was long enough to be worth it."""
+        if time.monotonic() - self.last >= min(self.seconds, 5.0):
+            self.write(trainer)
+
+    def write(self, trainer: pl.Trainer) -> None:
+        """Write beside, then rename."""
+        temporary = self.path.with_suffix(".tmp")
+        trainer.save_checkpoint(temporary)
+        temporary.replace(self.path)
+        self.last = time.monotonic()
+
+
+class Progress(pl.Callback):
+    """Tell the parent process how far the training is, a few times a second."""
+
+    def __init__(self, tell: Callable[[dict[str, Any]], None], total: int) -> None:
+        """``tell`` sends an event; ``total`` is the number of steps."""
+        self.tell, self.total, self.last = tell, total, 0.0
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any) -> None:
+        """Send the step if the last message is old enough."""
+        now = time.monotonic()
+        if now - self.last > 0.2:
+            self.last = now
+            self.tell({"event": "step", "step": trainer.global_step, "total": self.total})
+
+
+class EachStep(pl.Callback):
+    """Call a function after each step, for what measures a training from outside."""
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        """Keep the function."""
+        self.call = call
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Call it."""
+        self.call()
+
+
+class Together(pl.Callback):
+    """Several callbacks as one: Lightning enters a context per callback and hook, which a small step feels."""
+
+    HOOKS = ("on_train_start", "on_train_batch_start", "on_train_batch_end", "on_validation_end", "on_train_epoch_end")
+
+    def __init__(self, parts: Sequence[pl.Callback]) -> None:
+        """``parts`` are called in this order at each hook of `HOOKS`, the only ones they may have."""
+        self.parts = parts
+        calls = {
+            hook: [getattr(part, hook) for part in parts if getattr(type(part), hook) is not getattr(pl.Callback, hook)]
+            for hook in self.HOOKS
+        }
+        self.starts, self.ends = calls["on_train_batch_start"], calls["on_train_batch_end"]
+        self.calls = calls
+
+    def on_train_start(self, *arguments: Any) -> None:
+        """Pass on."""
+        for call in self.calls["on_train_start"]:
+            call(*arguments)
+
+    def on_train_batch_start(self, *arguments: Any) -> None:
+        """Pass on."""
+        for call in self.starts:
+            call(*arguments)
+
+    def on_train_batch_end(self, *arguments: Any) -> None:
+        """Pass on."""
+        for call in self.ends:
+            call(*arguments)
+
+    def on_validation_end(self, *arguments: Any) -> None:
+        """Pass on."""
+        for call in self.calls["on_validation_end"]:
+            call(*arguments)
+
+    def on_train_epoch_end(self, *arguments: Any) -> None:
+        """Pass on."""
+        for call in self.calls["on_train_epoch_end"]:
+            call(*arguments)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Each part's state under its class's name."""
+        return {type(part).__name__: state for part in self.parts if (state := part.state_dict())}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Each part its own."""
+        for part in self.parts:
+            if type(part).__name__ in state_dict:
+                part.load_state_dict(state_dict[type(part).__name__])

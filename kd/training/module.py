@@ -1,0 +1,112 @@
+"""The one LightningModule: methods differ by the terms their objective holds, never by subclass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from kd.models import Frozen, Normalised, Taps
+from kd.objective import Objective
+from kd.tasks.image import evaluate
+
+Batch = dict[str, Tensor]
+_PLAIN = frozenset({"_current_fx_name", "parts", "norms", "norms_due", "validation"})
+
+
+class Distiller(pl.LightningModule):
+    """A student under an objective; the teacher speaks live, or through the soft labels it wrote before.
+
+    Args:
+        student: what is trained and shipped.
+        objective: the weighted terms, bound to their shapes.
+        optimisers: from trainable parameters to what `configure_optimizers` returns.
+        teacher: runs frozen on each batch where a term needs it and no labels are given.
+        labels: the teacher's logits (N, C), row by row of the training split.
+    """
+
+    def __init__(
+        self,
+        student: Normalised,
+        objective: Objective,
+        optimisers: Callable[[list[torch.nn.Parameter]], dict[str, Any]],
+        teacher: Normalised | None = None,
+        labels: Tensor | None = None,
+    ) -> None:
+        """Install the taps: before any compilation, or hooks never fire."""
+        super().__init__()
+        self.student, self.objective, self.optimisers = student, objective, optimisers
+        self.student_taps = Taps(student.net, objective.paths("student"))
+        live = objective.needs_teacher and labels is None
+        if live and teacher is None:
+            raise ValueError("a term of the objective needs a teacher, and there is neither a teacher nor its labels")
+        self.teacher = Frozen(teacher) if live and teacher is not None else None
+        self.teacher_taps = Taps(teacher.net, objective.paths("teacher")) if live and teacher is not None else None
+        self.register_buffer("labels", labels if objective.needs_teacher else None, persistent=False)
+        self.parts: dict[str, Tensor] = {}
+        self.norms_due = False
+        self.norms: dict[str, Tensor] = {}
+        self.seen: list[tuple[Tensor, Tensor]] = []
+        self.validation: dict[str, Any] = {}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Plain attributes without nn.Module's search for parameters: Lightning sets one 50 times a step."""
+        if name in _PLAIN:
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Nothing: the loader made the batch where it is used."""
+        return batch
+
+    def views(self, batch: Batch) -> dict[str, Tensor]:
+        """The named tensors that terms bind to."""
+        views = {"batch.target": batch["target"], "student.logits": self.student(batch["image"])}
+        views.update({f"student.{path}": value for path, value in self.student_taps.pop().items()})
+        if isinstance(self.labels, Tensor):
+            views["teacher.logits"] = self.labels.index_select(0, batch["row"])
+        elif self.teacher is not None and self.teacher_taps is not None:
+            views["teacher.logits"] = self.teacher(batch["image"])
+            views.update({f"teacher.{path}": value for path, value in self.teacher_taps.pop().items()})
+        return views
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The weighted sum of the terms; the parts stay in `parts` for whoever records them."""
+        total: Tensor
+        total, self.parts = self.objective(self.views(batch))
+        if self.norms_due:
+            self.norms = self.gradient_norms()
+        return total
+
+    def gradient_norms(self) -> dict[str, Tensor]:
+        """The L2 norm of each weighted term's gradient on the student."""
+        trained = [p for p in self.student.parameters() if p.requires_grad]
+        norms = {}
+        for name, part in self.parts.items():
+            if part.requires_grad:
+                found = torch.autograd.grad(part, trained, retain_graph=True, allow_unused=True)
+                weight = abs(self.objective.terms[name].weight)
+                norms[name] = weight * torch.linalg.vector_norm(
+                    torch.stack([torch.linalg.vector_norm(g) for g in found if g is not None])
+                )
+        return norms
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Keep the logits; metrics are made of the whole split."""
+        self.seen.append((self.student(batch["image"]), batch["target"]))
+        self.student_taps.pop()  # else the last batch's features stay alive
+
+    def on_validation_epoch_end(self) -> None:
+        """The split's metrics, in `validation`."""
+        logits, targets = (torch.cat(column) for column in zip(*self.seen, strict=True))
+        self.seen.clear()
+        self.validation = evaluate(logits.float(), targets)
+
+    def configure_optimizers(self) -> Any:
+        """Student and the objective's own trainable parts (projections), which are checkpointed but never shipped."""
+        trained = [*self.student.parameters(), *self.objective.parameters()]
+        return self.optimisers([p for p in trained if p.requires_grad])

@@ -1,0 +1,198 @@
+"""One training from its first step, or from its last checkpoint, to the weights that are kept."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers import Logger
+from pytorch_lightning.profilers import PassThroughProfiler
+
+from kd.data import Split
+from kd.errors import InputError
+from kd.training.callbacks import CHECKPOINT, Checkpoint, Progress, Recorder, Reseed, Selection, Together
+from kd.training.loaders import EpochLoader
+from kd.training.module import Distiller
+from kd.training.settings import Fit, Run
+
+EVALUATION_BATCH = 512
+
+
+@dataclass
+class Trace:
+    """What a training leaves beside its weights."""
+
+    losses: list[float]
+    epochs: list[dict[str, Any]]
+    resumed: list[int]
+    steps: int = 0
+    selected_epoch: int | None = None
+
+
+def device_of(run: Run) -> torch.device:
+    """The device a run trains on.
+
+    Raises:
+        InputError: if a GPU is asked for and there is none.
+    """
+    if run.accelerator == "gpu" and not torch.cuda.is_available():
+        raise InputError("run.accelerator=gpu, but torch sees no GPU; use run.accelerator=auto or cpu")
+    return torch.device("cuda" if run.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def evaluation_loader(split: Split, size: int, run: Run) -> EpochLoader:
+    """All of a split in its own order, unaugmented."""
+    return EpochLoader(split, EVALUATION_BATCH, size=size, device=device_of(run), workers=run.workers)
+
+
+def train(
+    module: Distiller,
+    data: tuple[Split, Split],
+    fit: Fit,
+    run: Run,
+    *,
+    seed: int,
+    size: int,
+    augment: str,
+    work: Path,
+    tell: Callable[[dict[str, Any]], None],
+    loggers: list[Logger] | None = None,
+    watching: Sequence[pl.Callback] = (),
+) -> Trace:
+    """Train ``module`` on (train, validation) under ``fit``; resumes from ``work`` if a checkpoint lies there.
+
+    Raises:
+        InputError: if the split is smaller than a batch.
+        KDError: if the loss is not finite.
+    """
+    train_split, validation = data
+    if len(train_split) < fit.batch_size and fit.drop_last:
+        raise InputError(
+            f"fit.batch_size={fit.batch_size} is larger than the {len(train_split)} training samples; "
+            "lower it, or set fit.drop_last=false"
+        )
+    trainer: pl.Trainer
+    loader = EpochLoader(
+        train_split,
+        fit.batch_size,
+        seed=seed,
+        augment=augment,
+        size=size,
+        shuffle=True,
+        drop_last=fit.drop_last,
+        device=device_of(run),
+        workers=run.workers,
+        # From the step alone: what Lightning keeps of its own position is not needed to resume.
+        position=lambda: divmod(trainer.global_step, len(loader)),
+    )
+    recorder = Recorder(work, run.log_every, len(loader))
+    selection = Selection(fit)
+    every = 1 if fit.needs_validation else run.validate_every
+    gpu = device_of(run).type == "cuda"
+    # Filling fresh memory costs a write a tensor and hides no error here.
+    setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010
+    with quiet():
+        trainer = pl.Trainer(
+            accelerator="gpu" if gpu else "cpu",
+            devices=1,
+            precision=fit.precision,  # type: ignore[arg-type]
+            max_epochs=fit.epochs,
+            gradient_clip_val=fit.clip,
+            # On the CPU the same bits come with and without (run, see docs/decisions.md), and without is faster.
+            deterministic=fit.deterministic if gpu else False,
+            check_val_every_n_epoch=max(1, every),
+            limit_val_batches=1.0 if every else 0,
+            num_sanity_val_steps=0,
+            logger=loggers or False,
+            log_every_n_steps=max(1, run.log_every),
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            profiler=_Unprofiled(),
+            default_root_dir=work,
+            callbacks=[
+                Together(
+                    [
+                        Reseed(seed),
+                        recorder,
+                        selection,
+                        Progress(tell, fit.epochs * len(loader)),
+                        Checkpoint(work, run.checkpoint_seconds),
+                        *watching,
+                    ]
+                )
+            ],
+        )
+        resumed = resumable(work, tell)
+        started = time.monotonic()
+        trainer.fit(
+            module,
+            loader,
+            evaluation_loader(validation, size, run),
+            ckpt_path=str(work / CHECKPOINT) if resumed is not None else None,
+        )
+    selection.restore(module)
+    tell({"event": "trained", "seconds": time.monotonic() - started})
+    return Trace(
+        recorder.losses,
+        recorder.epochs,
+        recorder.resumed,
+        trainer.global_step,
+        selection.epoch if fit.select == "best" else None,
+    )
+
+
+def resumable(work: Path, tell: Callable[[dict[str, Any]], None]) -> int | None:
+    """The step of the checkpoint in ``work``, or None; one that holds more than plain tensors is put aside unread."""
+    path = work / CHECKPOINT
+    if not path.exists():
+        return None
+    try:
+        step = int(torch.load(path, weights_only=True, map_location="cpu")["global_step"])
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError, TypeError):
+        path.replace(path.with_suffix(".refused"))
+        tell({"event": "say", "line": "the checkpoint holds more than plain tensors or is damaged: starting over"})
+        return None
+    tell({"event": "say", "line": f"resuming from step {step}"})
+    return step
+
+
+class _Unprofiled(PassThroughProfiler):
+    """No profiling, without a generator for each of the 40 places in a step that could be profiled."""
+
+    def profile(self, action_name: str) -> nullcontext[None]:  # type: ignore[override]
+        """The one context that does nothing."""
+        return _NOTHING
+
+
+_NOTHING = nullcontext()
+
+
+class quiet(warnings.catch_warnings):
+    """Without Lightning's banners and the notices that say what we do on purpose."""
+
+    def __enter__(self) -> None:
+        """Silence them."""
+        super().__enter__()
+        for name in ("pytorch_lightning", "pytorch_lightning.utilities.rank_zero", "lightning.pytorch"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        for text in (
+            r"Found \d+ module",  # the frozen teacher sits in eval mode on purpose
+            r".*does not have many workers.*",  # sets held in memory need none
+            r".*GPU available but not used.*",
+            r".*resuming from a checkpoint that ended before the epoch ended.*",  # the loader skips by itself
+            r".*is smaller than the logging interval.*",
+            r".*treespec, LeafSpec.*",
+            r".*`isinstance\(treespec.*",
+            r".*IterableDataset.*__len__.*",
+        ):
+            warnings.filterwarnings("ignore", message=text)

@@ -1,0 +1,177 @@
+"""One contract for all losses: a new one is a line in LOSSES."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import kd.losses
+from kd.errors import InputError
+from kd.losses.feature import Hint
+from kd.losses.logits import CrossEntropy, SoftTargetCrossEntropy, SoftTargetKL
+
+Views = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A loss, the shapes it is given, and what its formula says."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    student: tuple[int, ...] = (8, 5)
+    teacher: tuple[int, ...] | None = (8, 5)
+    target: bool = False
+    zero_at_identity: bool = False
+
+    def loss(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        torch.manual_seed(0)
+        loss = self.make()
+        if hasattr(loss, "bind"):
+            loss.bind(self.student, self.teacher)
+        return loss.to(dtype)
+
+    def views(self, dtype: torch.dtype = torch.float32) -> Views:
+        generator = torch.Generator().manual_seed(1)
+        views = {"student": 3 * torch.randn(self.student, generator=generator)}
+        if self.teacher is not None:
+            views["teacher"] = 3 * torch.randn(self.teacher, generator=generator)
+        # Rounded first, so that each precision is given the same numbers.
+        views = {name: value.bfloat16().to(dtype) for name, value in views.items()}
+        if self.target:
+            views["target"] = torch.arange(self.student[0]) % self.student[1]
+        return views
+
+
+LOSSES = [
+    Case("ce", CrossEntropy, teacher=None, target=True),
+    Case("kd", lambda: SoftTargetKL(4.0), zero_at_identity=True),
+    Case("kd at 1", lambda: SoftTargetKL(1.0), zero_at_identity=True),
+    Case("soft_ce", lambda: SoftTargetCrossEntropy(4.0)),
+    Case("hint of maps", Hint, (8, 3, 4, 4), (8, 5, 2, 2)),
+    Case("hint of vectors", Hint, (8, 3), (8, 5)),
+]
+each = pytest.mark.parametrize("case", LOSSES, ids=lambda case: case.name)
+with_teacher = pytest.mark.parametrize("case", [c for c in LOSSES if c.teacher], ids=lambda case: case.name)
+
+
+def test_every_loss_has_its_line() -> None:
+    modules = [importlib.import_module(f"kd.losses.{found.name}") for found in pkgutil.iter_modules(kd.losses.__path__)]
+    written = {
+        thing
+        for module in modules
+        for thing in vars(module).values()
+        if inspect.isclass(thing) and issubclass(thing, nn.Module) and thing.__module__ == module.__name__
+    }
+    assert written and written == {type(case.make()) for case in LOSSES}
+
+
+@each
+def test_it_is_one_finite_number_that_pulls_the_student(case: Case) -> None:
+    views = case.views()
+    views["student"].requires_grad_()
+    value = case.loss()(**views)
+    assert value.shape == () and value.isfinite() and value > 0
+    value.backward()
+    gradient = views["student"].grad
+    assert gradient is not None and gradient.isfinite().all() and gradient.abs().sum() > 0
+
+
+@each
+def test_a_step_against_the_gradient_lowers_it(case: Case) -> None:
+    loss, views = case.loss(torch.float64), case.views(torch.float64)
+    views["student"].requires_grad_()
+    before = loss(**views)
+    (gradient,) = torch.autograd.grad(before, views["student"])
+    after = loss(**views | {"student": views["student"].detach() - 1e-3 * gradient / gradient.norm()})
+    assert after < before
+
+
+@with_teacher
+def test_it_hears_the_teacher(case: Case) -> None:
+    loss, views = case.loss(), case.views()
+    assert loss(**views) != loss(**views | {"teacher": views["teacher"].flip(0)})
+
+
+@with_teacher
+def test_it_leaves_the_teacher_and_the_student_as_they_are(case: Case) -> None:
+    views, untouched = case.views(), case.views()
+    case.loss()(**views)
+    assert all(views[name].equal(untouched[name]) for name in views)
+
+
+@pytest.mark.parametrize("case", [c for c in LOSSES if c.zero_at_identity], ids=lambda case: case.name)
+def test_it_is_zero_where_both_agree(case: Case) -> None:
+    views = case.views()
+    views["student"] = views["teacher"].clone().requires_grad_()
+    value = case.loss()(**views)
+    assert value.item() == 0
+    value.backward()
+    gradient = views["student"].grad
+    assert gradient is not None and gradient.abs().max() < 1e-6
+
+
+@each
+def test_bfloat16_is_within_two_percent(case: Case) -> None:
+    exact = case.loss()(**case.views()).item()
+    assert case.loss(torch.bfloat16)(**case.views(torch.bfloat16)).item() == pytest.approx(exact, rel=0.02)
+
+
+@each
+def test_autocast_is_within_two_percent(case: Case) -> None:
+    exact = case.loss()(**case.views()).item()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert case.loss()(**case.views()).item() == pytest.approx(exact, rel=0.02)
+
+
+@each
+def test_its_gradient_is_that_of_its_value(case: Case) -> None:
+    loss, views = case.loss(torch.float64), case.views(torch.float64)
+
+    def value(student: Tensor, *trained: Tensor) -> Tensor:
+        parameters = dict(zip(dict(loss.named_parameters()), trained, strict=True))
+        found: Tensor = torch.func.functional_call(loss, parameters, kwargs=views | {"student": student})
+        return found
+
+    inputs = [views["student"], *(p.detach().clone() for p in loss.parameters())]
+    assert torch.autograd.gradcheck(value, [tensor.requires_grad_() for tensor in inputs])
+
+
+@each
+def test_an_empty_batch_is_refused_in_one_line(case: Case) -> None:
+    with pytest.raises(InputError) as caught:
+        case.loss()(**{name: value[:0] for name, value in case.views().items()})
+    assert "\n" not in str(caught.value)
+
+
+@with_teacher
+def test_a_teacher_of_another_batch_or_width_is_refused_in_one_line(case: Case) -> None:
+    views = case.views()
+    for teacher in (views["teacher"][1:], views["teacher"][:, 1:], views["teacher"][..., None]):
+        with pytest.raises(InputError) as caught:
+            case.loss()(**views | {"teacher": teacher})
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.gpu
+@each
+def test_a_gpu_gives_the_same_number_and_a_deterministic_gradient(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    views = {name: value.cuda() for name, value in case.views().items()}
+    views["student"].requires_grad_()
+    torch.use_deterministic_algorithms(True)
+    try:
+        value = case.loss().cuda()(**views)
+        value.backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert value.item() == pytest.approx(case.loss()(**case.views()).item(), rel=1e-4)

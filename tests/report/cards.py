@@ -1,0 +1,120 @@
+"""Made-up cards with the shape the store keeps, for the tests of the reports."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from kd.store import digest
+
+TEACHER = {"name": "seed_cnn", "options": {"widths": [32, 64, 64, 64]}}
+STUDENT = {"name": "seed_cnn_small", "options": {"widths": [8, 16, 16, 16]}}
+COSTS = {
+    "seed_cnn": {"parameters": 93322, "macs": 4100000, "bytes": 375000},
+    "seed_cnn_small": {"parameters": 6058, "macs": 310000, "bytes": 25600},
+}
+
+
+def card(
+    stage: str,
+    model: dict[str, Any],
+    accuracy: float,
+    *,
+    seed: int = 0,
+    inputs: dict[str, str] | None = None,
+    dials: dict[str, float] | None = None,
+    data: str = "mnist",
+    **fit: Any,
+) -> dict[str, Any]:
+    """One card; ``dials`` go into the objective as the yaml's interpolation would put them."""
+    schedule = {"epochs": 5, "samples": None, "lr": 0.002, **fit}
+    field = "student" if stage == "Distil" else "model"
+    config: dict[str, Any] = {"seed": seed, "data": {"name": data, "size": 28}, field: model, "fit": schedule}
+    terms = ["ce"]
+    if dials:
+        soft = {"weight": dials["alpha"], "loss": {"temperature": dials["temperature"]}}
+        config["objective"] = {"ce": {"weight": 1 - dials["alpha"]}, "kd": soft}
+        terms = ["ce", "kd"]
+    document = {"schema": 1, "stage": f"kd.stages.{stage}", "version": 1, "config": config, "inputs": inputs or {}}
+    key = digest(document)
+    epochs = schedule["epochs"]
+    made = {
+        "schema": 1,
+        "key": key,
+        "stage": {"Train": "teacher", "SoftLabels": "labels"}.get(stage, "student"),
+        "document": document,
+        "dials": {**(dials or {}), "seed": seed},
+        "metrics": {},
+        "weights": hashlib.sha256(key.encode()).hexdigest(),
+        "files": {},
+        "fingerprints": {
+            "data": {"name": data, "digest": "d1"},
+            "code": {"commit": "abc", "dirty": False, "digest": "c1"},
+            "environment": {"python": "3.11.7", "torch": "2.15.0", "threads": 2},
+        },
+        "run": {"overrides": [], "sweep": None, "pipeline": "distil"},
+        "time": {"started": "2026-11-23T22:00:00Z", "wall_s": 12.3 + seed, "cpu_s": 20.1},
+        "resumed": [],
+    }
+    if stage == "SoftLabels":
+        return made
+    made["metrics"] = {
+        "test/accuracy": accuracy,
+        "test/accuracy_top5": 1.0,
+        "test/precision": accuracy - 0.001,
+        "test/recall": accuracy - 0.002,
+        "test/f1": accuracy - 0.0015,
+        "test/f1_per_class": [accuracy] * 10,
+        "test/loss": 1 - accuracy,
+        "test/ece": 0.01,
+        "test/agreement": 0.97,
+        "val/accuracy": accuracy + 0.001,
+        "val/loss": 1 - accuracy,
+    }
+    made["cost"] = {**COSTS[model["name"]], "latency_ms_batch1": 0.21, "latency_ms_batch64": 2.1}
+    made["trace"] = {
+        "losses": [2.3] * 10,
+        "epochs": [_epoch(e, accuracy, terms) for e in range(epochs)],
+    }
+    return made
+
+
+def _epoch(epoch: int, accuracy: float, terms: Iterable[str]) -> dict[str, Any]:
+    left = 0.5 ** (epoch + 1)
+    row = {
+        "epoch": epoch,
+        "step": 430 * (epoch + 1),
+        "lr": 0.002,
+        "weights": "w",
+        "train/loss": 2 * left + 1 - accuracy,
+    }
+    row |= {f"train/{term}": (i + 1) * left + 1 - accuracy for i, term in enumerate(terms)}
+    return row | {"val/accuracy": accuracy - 0.3 * left, "val/loss": left + 1 - accuracy}
+
+
+def family(
+    temperatures: Sequence[float] = (1, 4, 8),
+    alphas: Sequence[float] = (0.1, 0.9),
+    seeds: Sequence[int] = (0, 1),
+    student: dict[str, Any] = STUDENT,
+    **fit: Any,
+) -> list[dict[str, Any]]:
+    """A teacher, its soft labels, the student alone for each seed, and a sweep of distilled students."""
+    teacher = card("Train", TEACHER, 0.991)
+    labels = card("SoftLabels", TEACHER, 0.0, inputs={"teacher": teacher["key"]})
+    inputs = {"teacher": teacher["key"], "labels": labels["key"]}
+    made = [teacher, labels]
+    made += [card("Train", student, 0.962 + 0.002 * seed, seed=seed, **fit) for seed in seeds]
+    for temperature in temperatures:
+        for alpha in alphas:
+            for seed in seeds:
+                accuracy = 0.96 + 0.002 * temperature + 0.004 * alpha + 0.003 * seed - 0.0002 * temperature**2
+                dials = {"temperature": temperature, "alpha": alpha}
+                made.append(card("Distil", student, accuracy, seed=seed, inputs=inputs, dials=dials, **fit))
+    return made
+
+
+def lookup(cards: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Key -> card, as the reports look lineage up."""
+    return {made["key"]: made for made in cards}

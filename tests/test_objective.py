@@ -1,0 +1,246 @@
+"""Terms, their views and their weighted sum."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor, nn, tensor
+from torch.testing import assert_close
+
+from kd.errors import InputError
+from kd.instantiate import instantiate
+from kd.losses.feature import Hint
+from kd.losses.logits import CrossEntropy, SoftTargetKL, cross_entropy, soft_target_kl
+from kd.objective import Objective, Term
+
+CONF = Path(__file__).resolve().parents[1] / "conf" / "loss"
+STUDENT, TEACHER, TARGET = tensor([[1.0, 0.0, -1.0], [0.5, 2.0, 0.0]]), tensor([[3.0, 1.0, 0.0]] * 2), tensor([0, 2])
+VIEWS = {"student.logits": STUDENT, "teacher.logits": TEACHER, "batch.target": TARGET}
+
+
+class Poison(nn.Module):
+    """A loss that gives NaN, and says whether it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = False
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, **views: Tensor) -> Tensor:
+        self.asked = True
+        return self.weight * math.nan
+
+
+def label(weight: float = 0.1) -> Term:
+    return Term(CrossEntropy(), weight, student="student.logits", target="batch.target")
+
+
+def soft(weight: float = 0.9, temperature: float = 4.0) -> Term:
+    return Term(SoftTargetKL(temperature), weight, student="student.logits", teacher="teacher.logits")
+
+
+def layer(path: str = "conv3", weight: float = 1.0) -> Term:
+    return Term(Hint(), weight, student=f"student.{path}", teacher=f"teacher.{path}")
+
+
+def test_the_total_is_the_weighted_sum_of_the_parts() -> None:
+    total, parts = Objective({"ce": label(0.1), "kd": soft(0.9)})(VIEWS)
+    assert_close(parts["ce"], cross_entropy(STUDENT, TARGET))
+    assert_close(parts["kd"], soft_target_kl(STUDENT, TEACHER, 4.0))
+    assert total.equal(0.1 * parts["ce"] + 0.9 * parts["kd"])
+
+
+def test_the_total_pulls_the_student() -> None:
+    student = STUDENT.clone().requires_grad_()
+    total, _ = Objective({"ce": label(), "kd": soft()})(VIEWS | {"student.logits": student})
+    total.backward()
+    assert student.grad is not None and student.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("alpha", [0, 0.0, 1, 1.0])
+def test_at_either_end_of_alpha_one_term_alone_is_computed(alpha: float) -> None:
+    total, parts = Objective({"ce": label(1 - alpha), "kd": soft(alpha)})(VIEWS)
+    expected = soft_target_kl(STUDENT, TEACHER, 4.0) if alpha else cross_entropy(STUDENT, TARGET)
+    assert total.equal(expected) and list(parts) == (["kd"] if alpha else ["ce"])
+
+
+def test_alpha_is_continuous_at_its_ends() -> None:
+    def total(alpha: float) -> float:
+        return float(Objective({"ce": label(1 - alpha), "kd": soft(alpha)})(VIEWS)[0])
+
+    assert total(1e-6) == pytest.approx(total(0.0), rel=1e-4)
+    assert total(1 - 1e-6) == pytest.approx(total(1.0), rel=1e-4)
+
+
+def test_a_term_of_weight_zero_is_not_computed_even_if_it_were_nan() -> None:
+    poison = Poison()
+    objective = Objective({"bad": Term(poison, 0.0, student="student.logits"), "ce": label(1.0)})
+    total, parts = objective(VIEWS)
+    assert total.isfinite() and list(parts) == ["ce"] and not poison.asked
+    assert not list(objective.parameters()) and objective.terms["bad"].weight == 0
+
+
+def test_without_a_teachers_weight_no_teacher_is_needed() -> None:
+    objective = Objective({"ce": label(1.0), "kd": soft(0.0), "hint": layer(weight=0)})
+    assert not objective.needs_teacher and objective.paths("teacher") == [] and objective.paths("student") == []
+    objective.bind({})
+    objective({"student.logits": STUDENT, "batch.target": TARGET})
+
+
+def test_without_the_labels_weight_targets_are_ignored() -> None:
+    objective = Objective({"ce": label(0.0), "kd": soft(1.0)})
+    assert objective.needs_teacher
+    objective({"student.logits": STUDENT, "teacher.logits": TEACHER})
+
+
+def test_paths_are_the_layers_to_tap_each_once() -> None:
+    objective = Objective({"kd": soft(), "b": layer("layer2"), "a": layer("layer1.0"), "again": layer("layer2")})
+    assert objective.paths("student") == objective.paths("teacher") == ["layer1.0", "layer2"]
+
+
+def test_another_side_is_refused() -> None:
+    with pytest.raises(InputError, match="did you mean 'teacher'"):
+        Objective({"kd": soft()}).paths("teachers")
+
+
+def test_weights_are_plain_floats() -> None:
+    term = label(1)
+    assert type(term.weight) is float
+    assert type(Objective({"ce": term}).terms["ce"].weight) is float
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"student": "logits"}, "'student.' was meant, such as 'student.logits'"),
+        ({"student": "student."}, "'student.' was meant"),
+        ({"student": "???"}, "'student.' was meant"),
+        ({"student": None}, "reads None as its student"),
+        ({"student": "teacher.logits"}, "'student.' was meant"),
+        ({"teacher": "student.logits"}, "'teacher.' was meant, such as 'teacher.logits'"),
+        ({"teacher": "layer3"}, "'teacher.' was meant"),
+        ({"target": "target"}, "'batch.' was meant, such as 'batch.target'"),
+        ({"weight": -0.1}, "weighs -0.1"),
+        ({"weight": math.nan}, "weighs nan"),
+        ({"weight": math.inf}, "weighs inf"),
+        ({"weight": "0.5"}, "weighs '0.5'"),
+        ({"weight": True}, "weighs True"),
+        ({"loss": torch.nn.functional.mse_loss}, "a module with forward"),
+    ],
+)
+def test_a_term_that_no_batch_can_mend_is_refused_in_one_line(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words.replace(".", r"\.")) as caught:
+        Term(**{"loss": CrossEntropy(), "weight": 1.0, "student": "student.logits"} | fields)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("terms", "words"),
+    [
+        ({}, "there is no term"),
+        ({"ce": label(0), "kd": soft(0)}, r"all weights are 0 \(ce, kd\)"),
+        ({"a.b": label()}, "cannot be called 'a.b'"),
+        ({"keys": label()}, "cannot be called 'keys'"),
+        ({"training": label()}, "cannot be called 'training'"),
+    ],
+)
+def test_an_objective_of_nothing_or_of_odd_names_is_refused(terms: dict[str, Term], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        Objective(terms)
+
+
+def test_a_missing_view_is_named_with_the_nearest_there_is() -> None:
+    objective = Objective({"kd": soft()})
+    with pytest.raises(InputError, match=r"term 'kd' reads 'teacher\.logits'.*did you mean 'teacher\.logit'"):
+        objective({"student.logits": STUDENT, "teacher.logit": TEACHER})
+
+
+def test_a_loss_that_is_no_scalar_is_refused() -> None:
+    objective = Objective({"rows": Term(nn.CrossEntropyLoss(reduction="none"), 1, student="student.logits")})
+    objective.losses["rows"].forward = lambda student: student.sum(1)
+    with pytest.raises(InputError, match=r"term 'rows' has shape \(2,\)"):
+        objective(VIEWS)
+
+
+SHAPES = {
+    "student.conv3": torch.Size((2, 3, 4, 4)),
+    "teacher.conv3": torch.Size((2, 5, 4, 4)),
+    "student.head": torch.Size((2, 3)),
+    "teacher.head": torch.Size((2, 3)),
+}
+
+
+def bound(*names: str, seed: int = 0) -> Objective:
+    torch.manual_seed(seed)
+    objective = Objective({name: layer("conv3" if name == "a" else "head") for name in names})
+    objective.bind(SHAPES)
+    return objective
+
+
+def test_bound_projections_are_registered_trained_and_in_the_state() -> None:
+    objective = bound("a")
+    assert [name for name, _ in objective.named_parameters()] == [
+        "losses.a.projection.0.weight",
+        "losses.a.projection.1.weight",
+        "losses.a.projection.1.bias",
+    ]
+    views = {name: torch.randn(shape) for name, shape in SHAPES.items()}
+    objective(views)[0].backward()
+    assert all(parameter.grad is not None for parameter in objective.parameters())
+    fresh = bound("a", seed=1)
+    fresh.load_state_dict(objective.state_dict(), strict=True)
+    assert_close(fresh(views)[0], objective(views)[0])
+
+
+def test_the_seed_decides_the_projections_and_the_order_of_the_terms_does_not() -> None:
+    # A config that was stored and read back has its terms in the order of their names.
+    first, again, turned, other = bound("a", "b"), bound("a", "b"), bound("b", "a"), bound("a", "b", seed=1)
+    states = [[value for _, value in sorted(o.state_dict().items())] for o in (first, again, turned, other)]
+    assert all(x.equal(y) for x, y in zip(states[0], states[1], strict=True))
+    assert all(x.equal(y) for x, y in zip(states[0], states[2], strict=True))
+    assert not all(x.equal(y) for x, y in zip(states[0], states[3], strict=True))
+    assert list(turned.active) == ["a", "b"]
+
+
+def test_binding_draws_nothing_where_no_loss_asks() -> None:
+    state = torch.get_rng_state()
+    Objective({"ce": label(), "kd": soft(), "hint": layer(weight=0)}).bind({})
+    assert torch.get_rng_state().equal(state)
+
+
+def test_binding_says_which_term_and_what_it_lacks() -> None:
+    with pytest.raises(InputError, match=r"term 'a' reads 'student\.conv3', which is not among student\.head"):
+        Objective({"a": layer()}).bind({"student.head": SHAPES["student.head"]})
+    shapes = SHAPES | {"teacher.conv3": torch.Size((2, 5))}
+    with pytest.raises(InputError, match=r"term 'a' reads student\.conv3 and teacher\.conv3: a hint cannot lead"):
+        Objective({"a": layer()}).bind(shapes)
+
+
+def from_yaml(name: str, alpha: float, **fields: str) -> dict[str, Any]:
+    """A file of conf/loss, resolved by hand as the command line would."""
+    text = (CONF / f"{name}.yaml").read_text(encoding="utf-8").replace('"${complement:${alpha}}"', str(1 - alpha))
+    root = OmegaConf.create({"alpha": alpha, "temperature": 4.0, "loss": OmegaConf.create(text)})
+    found = OmegaConf.to_container(root, resolve=True)["loss"]
+    assert list(found) == [name], "the file's one key is its term's name"
+    found[name] |= fields
+    return dict(found)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONF.glob("*.yaml")))
+def test_each_file_under_conf_loss_makes_a_term(name: str) -> None:
+    fields = {"student": "student.conv3", "teacher": "teacher.conv3"} if name == "hint" else {}
+    terms = instantiate(from_yaml(name, alpha=0.75, **fields))
+    assert isinstance(terms[name], Term)
+    assert Objective(terms).active[name].weight == {"ce": 0.25, "hint": 1.0}.get(name, 0.75)
+
+
+def test_the_default_files_make_the_objective_of_hinton() -> None:
+    total, parts = Objective(instantiate(from_yaml("ce", 0.75) | from_yaml("kd", 0.75)))(VIEWS)
+    expected = 0.25 * cross_entropy(STUDENT, TARGET) + 0.75 * soft_target_kl(STUDENT, TEACHER, 4.0)
+    assert_close(total, expected)
+    assert set(parts) == {"ce", "kd"}
