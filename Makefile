@@ -31,7 +31,7 @@ check: .venv/.installed ## formatting, lint, types and the fast tests
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
-	$(PYTEST) -q -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(PYTEST) -q -n $(WORKERS)
 
 test: check ## the same, as the machines run it
 

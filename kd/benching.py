@@ -112,8 +112,8 @@ def _loops(stage: dict[str, Any], config: dict[str, Any], run: Run, steps: int) 
     wanted = (WARM + steps) * fit.batch_size
     if wanted > len(splits.train):
         raise InputError(
-            f"{steps} steps of {fit.batch_size} need {wanted} samples, {data['name']} has {len(splits.train)}: "
-            "lower --steps"
+            f"{WARM} + {steps} steps of {fit.batch_size} need {wanted} samples, {data['name']} has "
+            f"{len(splits.train)}: lower --steps or fit.batch_size, or choose larger data, e.g. data=mnist"
         )
     split = splits.train.subset(torch.arange(wanted))
     room = Room(run, Path())

@@ -41,6 +41,7 @@ class _Group(TyperGroup):
 
 # What the parser raises for a wrong option; typer exports only this subclass of it.
 _USAGE: Any = typer.BadParameter.__mro__[1]
+WIDE = 200  # columns where the output is no terminal
 
 
 class _Refused(InputError):
@@ -55,17 +56,29 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Knowledge distillation and model compression; every run is found and reproduced by the hash of its config.",
+    help="""Knowledge distillation and model compression; every run is found and reproduced by the hash of its config.
+
+    Example: kd run -m temperature=1,4,8 alpha=0.1,0.9 data=mnist""",
 )
-bench = typer.Typer(help="Measure speed: ratios within one run, medians.", no_args_is_help=True, rich_markup_mode=None)
+bench = typer.Typer(
+    help="""Measure speed: ratios within one run, medians.
+
+    Example: kd bench step data=mnist""",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 app.add_typer(bench, name="bench")
 
 
-def _print(thing: Any) -> None:
+def _console() -> Any:
     from rich.console import Console
 
-    width = None if sys.stdout.isatty() else 200
-    Console(highlight=False, width=width, soft_wrap=not sys.stdout.isatty()).print(thing)
+    width = None if sys.stdout.isatty() else WIDE
+    return Console(highlight=False, width=width, soft_wrap=not sys.stdout.isatty())
+
+
+def _print(thing: Any) -> None:
+    _console().print(thing)
 
 
 def _json(data: Any) -> None:
@@ -76,56 +89,69 @@ def _json(data: Any) -> None:
 def run_(words: Words = None, multirun: Multirun = False, config_dir: ConfigDir = None, as_json: Json = False) -> None:
     """Run what is missing, then print one table.
 
+    Exit 0: all of it is there; 1: a run failed; 2: the input is not right, and nothing was run; 130: interrupted.
+
     Example: kd run -m temperature=1,4,8 alpha=0.1,0.9 data=mnist
     """
     from kd.launch import launch
-    from kd.report import rows as tables
-    from kd.report.tables import terminal
-    from kd.reporting import log_sweep
-    from kd.store import Store, short
+    from kd.reporting import log_sweep, offline_hint
+    from kd.store import Store
+    from kd.views import hits_note
 
     plans, outcomes, sweep, run = launch(words or [], multirun, config_dir)
     store = Store(run.store)
-    lookup = {a.key: a.card for a in store}
     ran: dict[str, int] = {}
     for outcome in outcomes:
         for stage in outcome["ran"]:
             ran[stage] = ran.get(stage, 0) + 1
-    failed = [o for o in outcomes if o["status"] == "failed"]
-    finished = [lookup[p.key] for p in plans if p.key in lookup]
-    found = tables.collect(tables.related(finished, lookup), lookup)
+    failed = sum(o["status"] == "failed" for o in outcomes)
     if as_json:
-        _json(
-            {
-                "sweep": sweep,
-                "ran": ran,
-                "jobs": [
-                    {"overrides": list(p.overrides), "key": p.key, **{k: o.get(k) for k in ("status", "error", "ran")}}
-                    for p, o in zip(plans, outcomes, strict=True)
-                ],
-            }
-        )
+        jobs = [
+            {"overrides": list(p.overrides), "key": p.key, **{k: o.get(k) for k in ("status", "error", "ran")}}
+            for p, o in zip(plans, outcomes, strict=True)
+        ]
+        _json({"sweep": sweep, "ran": ran, "jobs": jobs})
     else:
-        if found:
-            _print(terminal(tables.over_seeds(found)))
-        total = ", ".join(f"{n} {stage}" for stage, n in ran.items()) or "0 stages (all of it was in the store)"
-        sys.stdout.write(f"ran {total}\n")
-        if sweep is not None:
-            done = sum(o["status"] == "done" for o in outcomes)
-            hit = sum(o["status"] == "hit" for o in outcomes)
-            sys.stdout.write(
-                f"sweep {sweep}: {len(plans)} jobs, {done} run, {hit} from the store, {len(failed)} failed\n"
-            )
-            for p, o in zip(plans, outcomes, strict=True):
-                if o["status"] == "failed":
-                    sys.stdout.write(f"  failed {' '.join(p.overrides)}: {o['error']}\n")
-            sys.stdout.write(f"kd report {sweep}\n")
-        elif not failed:
-            sys.stdout.write(f"run {short(plans[0].key)}: kd reproduce {short(plans[0].key)}\n")
-    if sweep is not None and any(o["ran"] for o in outcomes) and (line := log_sweep(sweep, run)):
-        sys.stderr.write(line + "\n")
+        _summary(plans, outcomes, sweep, ran, store)
+    if note := hits_note(plans, store):
+        sys.stderr.write(note + "\n")
+    if ran:
+        line = offline_hint(run) if sweep is None else log_sweep(sweep, run)
+        sys.stderr.write(f"{line}\n" if line else "")
     if failed:
-        raise typer.Exit(2 if sweep is None and failed[0].get("exit_code") == 2 else 1)
+        raise typer.Exit(1)
+
+
+def _summary(
+    plans: list[Any], outcomes: list[dict[str, Any]], sweep: str | None, ran: dict[str, int], store: Any
+) -> None:
+    """The table of what is there now, what was run for it, what failed, and how to go on."""
+    from kd.config import labels
+    from kd.report import rows as tables
+    from kd.report.tables import terminal
+    from kd.store import short
+    from kd.views import counted
+
+    lookup = {a.key: a.card for a in store}
+    finished = [lookup[p.key] for p in plans if p.key in lookup]
+    if found := tables.collect(tables.related(finished, lookup), lookup):
+        console = _console()
+        console.print(terminal(tables.over_seeds(found), width=console.width))
+    failed = [o["status"] == "failed" for o in outcomes]
+    nothing = "0 stages" + ("" if any(failed) else " (all of it was in the store)")
+    sys.stdout.write(f"ran {counted(ran) or nothing}\n")
+    if sweep is None:
+        sys.stdout.write(f"run {short(plans[0].key)}: kd reproduce {short(plans[0].key)}\n")
+        return
+    states = [o["status"] for o in outcomes]
+    sys.stdout.write(
+        f"sweep {sweep}: {len(plans)} job{'s' if len(plans) != 1 else ''}, {states.count('done')} run, "
+        f"{states.count('hit')} from the store, {sum(failed)} failed\n"
+    )
+    for name, p, o in zip(labels(p.overrides for p in plans), plans, outcomes, strict=True):
+        if o["status"] == "failed":
+            sys.stdout.write(f"  failed {name or short(p.key)}: {o['error']}\n")
+    sys.stdout.write(f"kd report {sweep}\n")
 
 
 @app.command("plan")
@@ -158,15 +184,16 @@ def ls(
     Example: kd ls --stage student --where temperature=4 --sort -accuracy
     """
     from kd.store import Store
-    from kd.views import ls_rows, rows_table
+    from kd.views import SPARE, ls_rows, rows_table
 
     rows = ls_rows(Store(store), where or [], sort, stage)
     if as_json:
         _json(rows)
     elif rows:
-        _print(rows_table(rows))
+        console = _console()
+        console.print(rows_table(rows, console.width, SPARE))
     else:
-        sys.stdout.write(f"no run in {store} fits; `kd run` makes one\n")
+        sys.stdout.write(f"no run in {store}{' fits' if where or stage else ''}; `kd run` makes one\n")
 
 
 @app.command("show")
@@ -200,7 +227,10 @@ def diff_(
 
     home = Store(store)
     a, b = home.find(first), home.find(second)
-    _json(diff(a.card, b.card)) if as_json else _print(diff_view(a, b))
+    if as_json:
+        _json({section: [leaf._asdict() for leaf in leaves] for section, leaves in diff(a.card, b.card).items()})
+    else:
+        _print(diff_view(a, b))
 
 
 @app.command("reproduce")
@@ -208,7 +238,9 @@ def reproduce_(
     hash_: Annotated[str, typer.Argument(metavar="HASH")],
     words: Words = None,
     store: StoreDir = ".kd",
-    threads: Annotated[int | None, typer.Option(help="Threads to use; by default as many as the run had.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads to use; by default as many as the run had.")
+    ] = None,
     keep: Annotated[bool, typer.Option(help="Keep the scratch store.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -278,7 +310,11 @@ def list_(
     from kd.views import rows_table
 
     rows = listing(what, pattern)
-    _json(rows) if as_json else _print(rows_table(rows))
+    if as_json:
+        _json(rows)
+    else:
+        console = _console()
+        console.print(rows_table(rows, console.width))
 
 
 @app.command("doctor")
@@ -324,24 +360,41 @@ def rm(
     from kd.store import Store, short
 
     home = Store(store)
-    found = [home.find(word) for word in hashes]
-    doomed = {a.key for a in found}
-    for a in found:
-        users = [u for u in home.users(a.key) if u.key not in doomed]
+    found = {key: name for word in hashes for key, name in [_doomed(home, word)]}
+    for key in found:
+        users = [u for u in home if u.key not in found and any(k.startswith(key) for k in _inputs(u.card))]
         if users and not force:
             raise InputError(
-                f"{len(users)} other artifact(s), e.g. {short(users[0].key)}, were made from {short(a.key)}: "
+                f"{len(users)} other artifact(s), e.g. {short(users[0].key)}, were made from {short(key)}: "
                 "remove those too, or add --force"
             )
+    names = ", ".join(f"{name} {short(key)}" for key, name in found.items())
     if not yes:
-        names = ", ".join(f"{a.card.get('stage')} {short(a.key)}" for a in found)
         if not sys.stdin.isatty():
             raise InputError(f"this would remove {names}; add --yes to do it without a question")
         typer.confirm(f"remove {names}?", abort=True)
-    for a in found:
-        with home.lock(a.key):
-            home.remove(a.key)
-        sys.stdout.write(f"removed {a.card.get('stage')} {short(a.key)}\n")
+    for key, name in found.items():
+        with home.lock(key):
+            home.remove(key)
+        sys.stdout.write(f"removed {name} {short(key)}\n")
+
+
+def _inputs(card: dict[str, Any]) -> list[str]:
+    return list(card.get("document", {}).get("inputs", {}).values())
+
+
+def _doomed(home: Any, word: str) -> tuple[str, str]:
+    """The key (as far as it is known) and the stage of what a word names, a card that cannot be read included."""
+    from kd.store import short
+
+    try:
+        found = home.find(word)
+    except InputError:
+        folders = [f for f in (home.root / "artifacts").glob("*") if f.name.startswith(word.lower())]
+        if len(word) < 4 or len(folders) != 1 or folders[0].name != short(folders[0].name) or home.read(folders[0]):
+            raise
+        return folders[0].name, "unreadable artifact"
+    return found.key, str(found.card.get("stage"))
 
 
 @app.command("dashboard")
@@ -369,8 +422,8 @@ def dashboard(
 @bench.command("step")
 def bench_step(
     words: Words = None,
-    rounds: Annotated[int, typer.Option(help="Interleaved rounds of each loop.")] = 7,
-    steps: Annotated[int, typer.Option(help="Steps a round.")] = 100,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds of each loop.")] = 7,
+    steps: Annotated[int, typer.Option(min=1, help="Steps a round.")] = 100,
     as_json: Json = False,
 ) -> None:
     """Steps a second: bare loop, our Trainer, live teacher, stored soft labels; interleaved, medians and ratios.
@@ -385,25 +438,39 @@ def bench_step(
 
 def main(arguments: list[str] | None = None) -> None:
     """The console script: one clear line and an exit code for what a user can mend."""
+    words = sys.argv[1:] if arguments is None else arguments
     try:
-        code = app(args=arguments, standalone_mode=False)
+        code = app(args=words, standalone_mode=False)
+        if code == 130:  # what the parser makes of Ctrl-C
+            raise KeyboardInterrupt
         raise SystemExit(code if isinstance(code, int) else 0)
     except KDError as error:
-        sys.stderr.write(f"kd: {' '.join(str(error).split())}\n")
+        _refuse(str(error))
         raise SystemExit(error.exit_code) from None
     except _USAGE as error:
-        sys.stderr.write(f"kd: {' '.join(error.format_message().split())}\n")
+        if type(error).__name__ == "NoArgsIsHelpError":  # a command alone: its help, as it stands
+            sys.stdout.write(error.format_message().rstrip() + "\n")
+        else:
+            _refuse(error.format_message())
         raise SystemExit(2) from None
-    except (KeyboardInterrupt, typer.Abort):
-        sys.stderr.write("kd: interrupted; the same command goes on from the last checkpoint\n")
+    except typer.Abort:  # a question that was answered with no, or not at all
+        _refuse("nothing was done")
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        resumes = "; the same command goes on from the last checkpoint" if words[:1] == ["run"] else ""
+        _refuse(f"interrupted{resumes}")
         raise SystemExit(130) from None
     except BrokenPipeError:
         os._exit(0)
     except OSError as error:
         if os.environ.get("KD_TRACEBACK"):
             raise
-        sys.stderr.write(f"kd: {error.strerror or error}: {error.filename or ''}\n")
+        _refuse(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "))
         raise SystemExit(1) from None
+
+
+def _refuse(text: str) -> None:
+    sys.stderr.write(f"kd: {' '.join(text.split())}\n")
 
 
 if __name__ == "__main__":

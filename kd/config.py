@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from kd.errors import InputError, nearest
+from kd.errors import InputError, nearest, offer
+from kd.instantiate import check_target, signature_errors, targets
 from kd.training.settings import Fit, Run, require, typed
 
 ROOT_KEYS = {"teacher", "student", "data", "loss", "fit", "teacher_fit", "pipeline", "run"}
 DIALS = {"temperature", "alpha", "seed", "teacher_seed"}
-_REFERENCE = re.compile(r"\$\{\s*([^}:]*?)\s*(:|\})")
+SEVERAL = {"loss", "run/logger"}  # the groups that take a list of options; any other takes one
+# The only forms an interpolation may take outside run/: a path of names, or one minus it.
+_PATH = r"\.*[A-Za-z_]\w*(?:\.\w+|\[\w+\])*"
+_REFERENCE = re.compile(rf"\$\{{\s*({_PATH})\s*\}}|\$\{{complement:\s*(?:\$\{{\s*({_PATH})\s*\}}|[\d.eE+-]+)\s*\}}")
+_RESOLVER = re.compile(r"\$\{\s*([\w.]+)\s*:")
 
 
 def conf_dir() -> Path:
@@ -60,6 +68,17 @@ class Job:
     config: dict[str, Any]
 
 
+def labels(overrides: Iterable[Iterable[str]]) -> list[str]:
+    """What tells the jobs of a sweep apart: the words of each that not all of them share, less what is under run/.
+
+    >>> labels([("data=mnist", "alpha=0"), ("data=mnist", "alpha=1")])
+    ['alpha=0', 'alpha=1']
+    """
+    lists = [[word for word in words if not re.match(r"\+*run[./]", word)] for words in overrides]
+    shared = set.intersection(*map(set, lists)) if lists else set()
+    return [" ".join(word for word in words if word not in shared) for words in lists]
+
+
 def jobs(overrides: list[str], multirun: bool = False, config_dir: str | None = None) -> tuple[list[Job], bool]:
     """All jobs that the overrides ask for, each checked, and whether they are a sweep.
 
@@ -70,77 +89,190 @@ def jobs(overrides: list[str], multirun: bool = False, config_dir: str | None = 
         InputError: at the first job that is not right; nothing has been run.
     """
     register()
-    parsed = _parse(overrides)
-    experiment = any(o.key_or_group == "experiments" for o in parsed)
-    with _hydra(config_dir) as searchpath:
+    with _Composer(config_dir) as composer:
+        parsed = composer.parse(overrides)
+        experiments = [o for o in parsed if o.key_or_group == "experiments"]
+        if multirun and any(o.is_sweep_override() for o in experiments):
+            # Each experiment brings a grid of its own.
+            others = [word for word, o in zip(overrides, parsed, strict=True) if o not in experiments]
+            names = composer.values(experiments[-1])
+            return [j for name in names for j in jobs([f"experiments={name}", *others], True, config_dir)[0]], True
+        for o in parsed:
+            if o.is_sweep_override() and (not multirun and not experiments):
+                raise InputError(f"{o.input_line} has several values; add -m to run one job for each")
         sweep = multirun
         grid: list[str] = []
-        if experiment:
+        if experiments:
             fixed = [str(o.input_line) for o in parsed if not o.is_sweep_override()]
-            first = _compose(fixed, searchpath, whole=True)
+            first = composer.compose(fixed, whole=True)
             sweep = sweep or str(OmegaConf.select(first, "hydra.mode", default="")).endswith("MULTIRUN")
             params = OmegaConf.select(first, "hydra.sweeper.params") or {}
-            typed = {o.key_or_group for o in parsed}
-            grid = [f"{key}={value}" for key, value in params.items() if key not in typed] if sweep else []
+            lines = [f"{key}={value}" for key, value in params.items()]
+            typed_ = {_place(o) for o in parsed}
+            grid = [line for line in lines if _place(composer.parse([line])[0]) not in typed_] if sweep else []
         if not sweep:
             for o in parsed:
                 if o.is_sweep_override():
                     raise InputError(f"{o.input_line} has several values; add -m to run one job for each")
-            return [_job(overrides, searchpath)], False
-        # Hydra composes sub-groups for `group@package` keys; BasicSweeper spells out the product of all choices.
-        lists = BasicSweeper.split_arguments(_parse([*overrides, *grid]), None)
-        found = [_job(list(words), searchpath) for batch in lists for words in batch]
-    if not found:
-        raise InputError("the sweep has no job: a glob matched nothing")
-    return found, True
+            return [composer.job(overrides)], False
+        return [composer.job(words) for words in composer.product([*overrides, *grid])], True
 
 
-def _parse(overrides: list[str]) -> list[Override]:
-    try:
-        parsed: list[Override] = OverridesParser.create().parse_overrides(overrides)
-    except HydraException as error:
-        raise InputError(f"{_first_line(error)}; an override is written key=value, e.g. temperature=4") from error
-    for override in parsed:
-        # Hydra takes hydra.* to be its own business; ours to allow is only what selects how jobs are spread.
-        if override.key_or_group.startswith("hydra.") or override.key_or_group == "hydra":
-            raise InputError(f"{override.input_line}: hydra.* is not part of a run; see `kd run --help`")
-    return parsed
+def _place(override: Override) -> str:
+    """What an override sets, whatever its prefix: `+model@student` -> `model@student`."""
+    return override.key_or_group + (f"@{override.package}" if override.package else "")
 
 
-class _hydra:
+class _Composer:
     """Hydra on our folders, left as it was found."""
 
     def __init__(self, config_dir: str | None) -> None:
-        self.config_dir = config_dir
-
-    def __enter__(self) -> str:
-        GlobalHydra.instance().clear()
         folder = conf_dir()
-        self.inner = initialize_config_dir(str(folder), version_base="1.3")
-        self.inner.__enter__()
         paths = [f"file://{folder.parent}"]
-        if self.config_dir is not None:
-            own = Path(self.config_dir).expanduser().resolve()
+        if config_dir is not None:
+            own = Path(config_dir).expanduser().resolve()
             if not own.is_dir():
-                raise InputError(f"--config-dir {self.config_dir} is no folder")
+                raise InputError(f"--config-dir {config_dir} is no folder")
             paths.insert(0, f"file://{own}")
-        return "hydra.searchpath=[" + ",".join(paths) + "]"
+        self.folder = folder
+        self.bases: dict[tuple[str, ...], DictConfig] = {}
+        self.groups: dict[tuple[str, ObjectType | None], list[str]] = {}
+        self.searchpath = "hydra.searchpath=[" + ",".join(paths) + "]"
+
+    def __enter__(self) -> _Composer:
+        self.before = GlobalHydra.instance().hydra
+        GlobalHydra.instance().clear()
+        try:
+            self.inner = initialize_config_dir(str(self.folder), version_base="1.3")
+        except Exception as error:  # Hydra imports every plugin that is installed, and those raise what they like
+            raise InputError(f"Hydra cannot start: {_first_line(error)}; `kd doctor` names the plugin") from error
+        self.inner.__enter__()
+        return self
 
     def __exit__(self, *exception: object) -> None:
         self.inner.__exit__(*exception)
-        GlobalHydra.instance().clear()
+        GlobalHydra.instance().hydra = self.before
 
+    def get_group_options(self, group: str, results_filter: ObjectType | None = ObjectType.CONFIG) -> list[str]:
+        """The options of a group wherever they stand; what Hydra asks of its own loader, which knows fewer folders."""
+        if (group, results_filter) not in self.groups:
+            loader = GlobalHydra.instance().config_loader()
+            found = list(loader.get_group_options(group, results_filter, "config", [self.searchpath]))
+            self.groups[group, results_filter] = found
+        return self.groups[group, results_filter]
 
-def _compose(overrides: list[str], searchpath: str, whole: bool = False) -> DictConfig:
-    try:
-        return compose("config", overrides=[*overrides, searchpath], return_hydra_config=whole)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise InputError(_explain(error, overrides)) from error
+    def parse(self, overrides: list[str]) -> list[Override]:
+        """The words as overrides.
 
+        Raises:
+            InputError: at a word that is none, or that is Hydra's own business.
+        """
+        parsed: list[Override] = []
+        for word in overrides:
+            try:
+                parsed += OverridesParser.create().parse_overrides([word])
+            except HydraException as error:
+                raise InputError(f"{word!r} is no override; write key=value, e.g. temperature=4") from error
+            one = parsed[-1]
+            # Hydra takes hydra.* to be its own business; how jobs are spread is ours.
+            if re.match(r"hydra($|[./@])", one.key_or_group) or not one.key_or_group:
+                raise InputError(f"{word}: " + ("hydra.* is not part of a run" if one.key_or_group else "no key"))
+            group = one.key_or_group
+            if not one.is_delete() and not one.is_sweep_override() and (names := self.get_group_options(group)):
+                value = one.value()
+                if not isinstance(value, (str, list)) or (isinstance(value, list) and group not in SEVERAL):
+                    raise InputError(f"{word}: {group} takes the name of one option{offer(str(value), names)}")
+            one.config_loader = self  # type: ignore[assignment]
+        return parsed
 
-def _job(overrides: list[str], searchpath: str) -> Job:
-    config = _compose(overrides, searchpath)
-    return Job(tuple(overrides), check(config))
+    def values(self, override: Override) -> list[str]:
+        """The values of a sweep override, one or more.
+
+        Raises:
+            InputError: if there is none, or they cannot be counted.
+        """
+        try:
+            found = list(override.sweep_string_iterator())
+        except HydraException as error:
+            raise InputError(f"{override.input_line}: a sweep needs values that can be counted") from error
+        if not found:
+            names = ", ".join(self.get_group_options(override.key_or_group))
+            raise InputError(f"{override.input_line} matches nothing" + (f"; there are {names}" if names else ""))
+        return found
+
+    def product(self, words: list[str]) -> list[list[str]]:
+        """The words of each job of a sweep."""
+        parsed = self.parse(words)
+        for one in parsed:
+            if one.is_sweep_override():
+                self.values(one)
+        return [list(job) for batch in BasicSweeper.split_arguments(parsed, None) for job in batch]
+
+    def compose(self, overrides: list[str], whole: bool = False) -> DictConfig:
+        """The config of these words; ``whole`` with what Hydra keeps for itself.
+
+        Raises:
+            InputError: if they do not compose.
+        """
+        try:
+            if whole:
+                return compose("config", overrides=[*overrides, self.searchpath], return_hydra_config=True)
+            # Reading files and merging groups is what takes long, and is the same for most jobs of a sweep.
+            parsed = OverridesParser.create().parse_overrides(overrides)
+            late = [isinstance(o.value(), dict) or not self.get_group_options(o.key_or_group, None) for o in parsed]
+            early = tuple(str(o.input_line) for o, is_late in zip(parsed, late, strict=True) if not is_late)
+            if early not in self.bases:
+                self.bases[early] = compose("config", overrides=[*early, self.searchpath])
+            config = copy.deepcopy(self.bases[early])
+            # As Hydra itself does once the groups are merged.
+            ConfigLoaderImpl._apply_overrides_to_config([o for o, yes in zip(parsed, late, strict=True) if yes], config)
+            return config
+        except Exception as error:  # Hydra, OmegaConf and what they are built on raise as they like
+            raise InputError(self.explain(error, overrides)) from error
+
+    def job(self, overrides: list[str]) -> Job:
+        """One job: composed and checked."""
+        return Job(tuple(overrides), check(self.compose(overrides)))
+
+    def explain(self, error: BaseException, overrides: list[str]) -> str:
+        """Hydra's message as one line of ours, with the nearest names."""
+        text = str(error)
+        if found := re.search(r"Could not (?:find|load) '([^']+)'", text):
+            group, _, name = found.group(1).rpartition("/")
+            if group := group.split("@")[0].rstrip("/"):
+                return f"{group}={name}: no such option{offer(name, self.get_group_options(group))}"
+        if found := re.search(r"Could not override '([^']+)'", text):
+            key = found.group(1)
+            if meant := re.search(r"Did you mean to override (?:one of )?(.+)\?", text):
+                return f"{key} is not in the config; did you mean {meant.group(1)}?"
+            return self.missing(key, overrides)
+        if found := re.search(r"Could not append to config. An item is already at '([^']+)'", text):
+            return f"{found.group(1)} exists already; write it without the +"
+        if found := re.search(r"Multiple values for ([\w/@]+)\.", text):
+            return f"{found.group(1)} has an option already; write {found.group(1)}=… without the +"
+        return _first_line(error)
+
+    def missing(self, key: str, overrides: list[str]) -> str:
+        """Where a dotted key leaves the config, and what stands there."""
+        # What the other words chose decides which names there are; fields cannot be set before the key is right.
+        groups = [word for word in overrides if "." not in word.partition("=")[0] and not word.startswith(f"{key}=")]
+        node: Any = None
+        for words in (groups, []):
+            try:
+                node = compose("config", overrides=[*words, self.searchpath])
+                break
+            except (HydraException, OmegaConfBaseException):
+                continue
+        path: list[str] = []
+        for part in key.split("."):
+            names = [str(name) for name in node] if isinstance(node, DictConfig) else []
+            if part not in names:
+                where = ".".join([*path, part])
+                hint = nearest(part, [*names, *(() if path else DIALS)]) or (offer(part, names) if path else "")
+                return f"{where} is not in the config{hint}" + ("" if hint else f"; to add a new one write +{key}=…")
+            path.append(part)
+            node = node._get_node(part)
+        return f"{key} holds no such field; to add what is not there write +{key}=…"
 
 
 def check(config: DictConfig) -> dict[str, Any]:
@@ -152,42 +284,102 @@ def check(config: DictConfig) -> dict[str, Any]:
     raw = OmegaConf.to_container(config, resolve=False)
     assert isinstance(raw, dict)
     for key in raw:
+        if key == "experiments":
+            raise InputError("an experiment's file begins with the line `# @package _global_`; this one does not")
         if key not in ROOT_KEYS | DIALS:
             raise InputError(f"{key!r} is no part of a config{nearest(str(key), ROOT_KEYS | DIALS)}")
-    for key in sorted(ROOT_KEYS - set(raw)):
-        raise InputError(f"the config has no {key!r}; choose an option of that group (`kd list {key}`)")
+    if not raw.get("loss"):
+        raise InputError("loss holds no term; choose some, e.g. loss=[ce,kd] (`kd list loss`)")
+    for key in sorted((ROOT_KEYS | DIALS) - set(raw)):
+        raise InputError(f"the config has no {key!r}; it cannot do without")
     for path, text in _strings({k: v for k, v in raw.items() if k != "run"}):
-        for name, end in _REFERENCE.findall(text):
-            if end == ":" and name != "complement":
-                raise InputError(f"{path} uses the resolver ${{{name}:…}}, whose value no key could name; write it out")
-            if name.lstrip(".").split(".")[0] in ("run", "hydra"):
-                raise InputError(f"{path} reads ${{{name}}}: what is under run/ may not reach what is hashed")
+        _reference(path, text)
+    for name in ("temperature", "alpha"):  # what is made of them needs numbers
+        if "${" not in str(raw[name]):
+            _number(name, raw[name])
     try:
         resolved = OmegaConf.to_container(config, resolve=True)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
         raise InputError(_first_line(error)) from error
-    except ValueError as error:
-        raise InputError(f"{_first_line(error)}; temperature and alpha are numbers") from error
     assert isinstance(resolved, dict)
     plain = {str(k): v for k, v in resolved.items()}
     for path, text in _strings({k: v for k, v in plain.items() if k not in ("run", "pipeline")}):
         if text == "???":
             hint = ", e.g. student.conv3 (`kd list layers NAME` names a network's layers)" if ".hint." in path else ""
             raise InputError(f"{path} is not set: give it a value{hint}")
+    for key in sorted(ROOT_KEYS):
+        if not isinstance(plain[key], dict):
+            raise InputError(f"{key}={plain[key]!r} is no mapping; set its fields, e.g. {key}.{_first_field(raw[key])}")
     _dials(plain)
+    run = typed(Run, plain["run"], "run")
+    if not all(isinstance(name, str) for name in run.trusted):
+        raise InputError(f"run.trusted={run.trusted!r}: give names of packages, e.g. run.trusted=[mine]")
+    for path, target in targets(plain):
+        own = [*run.trusted, "pytorch_lightning.loggers"] if path.startswith("run.logger.") else run.trusted
+        try:
+            check_target(target, own)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+    for name in ("teacher", "student"):
+        _model(plain[name], name)
     _terms(plain["loss"])
-    typed(Run, plain["run"], "run")
     for name in ("fit", "teacher_fit"):
-        typed(Fit, plain[name], name)
+        fit = typed(Fit, plain[name], name)
+        if fit.drop_last and fit.samples is not None and fit.samples < fit.batch_size:
+            raise InputError(
+                f"{name}.samples={fit.samples} is less than one batch: lower {name}.batch_size={fit.batch_size}, or "
+                f"set {name}.drop_last=false"
+            )
+    if "_target_" not in plain["data"]:
+        raise InputError("data has no _target_; choose an option of that group (`kd list data`)")
+    signature_errors(plain["data"], "data", run.trusted)
+    _pipeline(plain["pipeline"])
+    for name, logger in run.logger.items():
+        if not isinstance(logger, dict) or "_target_" not in logger:
+            raise InputError(f"run.logger.{name}={logger!r} is no logger; choose run/logger=[csv] or [tensorboard]")
     return plain
+
+
+def _reference(path: str, text: str) -> None:
+    """Refuse an interpolation whose value no key could name: the environment, the time, what is under run/."""
+    for name in _RESOLVER.findall(text):
+        if name != "complement":
+            raise InputError(f"{path} uses the resolver ${{{name}:…}}, whose value no key could name; write it out")
+    for name in map("".join, _REFERENCE.findall(text)):  # run.x and run[x] alike
+        if re.split(r"[.\[]", name.lstrip("."))[0] in ("run", "hydra"):
+            raise InputError(f"{path} reads ${{{name}}}: what is under run/ may not reach what is hashed")
+    if "${" in _REFERENCE.sub("", text):
+        raise InputError(f"{path}={text}: only ${{name}} and ${{complement:${{name}}}} can be used here; write it out")
+
+
+def _first_field(node: Any) -> str:
+    return f"{next(iter(node))}=…" if isinstance(node, dict) and node else "name=…"
+
+
+def _model(node: dict[str, Any], where: str) -> None:
+    kinds = {"name": (str, "word, e.g. resnet18"), "pretrained": (bool, "true or false"), "options": (dict, "mapping")}
+    for field, (kind, meant) in kinds.items():
+        if field in node and not isinstance(node[field], kind):
+            raise InputError(f"{where}.{field}={node[field]!r} is no {meant}")
+    if "_target_" not in node:
+        raise InputError(f"{where} has no _target_; it is kd.models.create unless you have your own")
+
+
+def _pipeline(node: dict[str, Any]) -> None:
+    for key in node:
+        if key not in ("name", "stages"):
+            raise InputError(f"pipeline.{key} is not a field of a pipeline{offer(str(key), ('name', 'stages'))}")
+    stages = node.get("stages")
+    if not isinstance(stages, dict) or not stages:
+        raise InputError("pipeline.stages holds no stage; choose a pipeline (`kd list pipeline`)")
+    for name, stage in stages.items():
+        if not isinstance(stage, dict) or "_target_" not in stage:
+            raise InputError(f"pipeline.stages.{name}={stage!r} is no stage: a stage is a mapping with _target_")
 
 
 def _dials(config: dict[str, Any]) -> None:
     for name in ("temperature", "alpha"):
-        if isinstance(config[name], bool) or not isinstance(config[name], (int, float)):
-            raise InputError(
-                f"{name}={config[name]!r} is no number, e.g. {name}={4.0 if name == 'temperature' else 0.9}"
-            )
+        _number(name, config[name])
     require(config["temperature"] > 0, "temperature", config["temperature"], "greater than 0")
     require(0 <= config["alpha"] <= 1, "alpha", config["alpha"], "from 0 (labels only) to 1 (teacher only)")
     for name in ("seed", "teacher_seed"):
@@ -195,9 +387,12 @@ def _dials(config: dict[str, Any]) -> None:
         require(whole and config[name] >= 0, name, config[name], "a whole number, 0 or more")
 
 
-def _terms(loss: Any) -> None:
-    if not isinstance(loss, dict) or not loss:
-        raise InputError("loss holds no term; choose some, e.g. loss=[ce,kd] (`kd list loss`)")
+def _number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InputError(f"{name}={value!r} is no number, e.g. {name}={4.0 if name == 'temperature' else 0.9}")
+
+
+def _terms(loss: dict[str, Any]) -> None:
     for name, term in loss.items():
         if not isinstance(term, dict) or "_target_" not in term:
             known = [*DIALS, *(n for n in loss if n != name)]
@@ -226,38 +421,6 @@ def options(group: str) -> list[str]:
 
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else type(error).__name__
-
-
-def _explain(error: BaseException, overrides: list[str]) -> str:
-    """Hydra's message as one line of ours, with the nearest names."""
-    text = str(error)
-    if found := re.search(r"Could not find '([\w@/.-]+)'", text) or re.search(r"Could not load '([\w@/.-]+)'", text):
-        group, _, name = found.group(1).rpartition("/")
-        group = group.split("@")[0]
-        if group:
-            names = options(group)
-            known = f"; there are {', '.join(names)}" if names else ""
-            return f"{group}={name}: no such option{nearest(name, names) or known}"
-    if found := re.search(r"Could not override '([^']+)'", text):
-        key = found.group(1)
-        last = key.split(".")[-1]
-        names = _names_near(key)
-        return f"{key} is not a field of the config{nearest(last, names)}" + (
-            "" if nearest(last, names) else f"; to add a new one write +{key}=…"
-        )
-    if found := re.search(r"Could not append to config. An item is already at '([^']+)'", text):
-        return f"{found.group(1)} exists already; write it without the +"
-    return _first_line(error)
-
-
-def _names_near(key: str) -> list[str]:
-    """The names that stand where a misspelt key would have stood."""
-    with _hydra(None) as searchpath:
-        node: Any = compose("config", overrides=[searchpath])
-    try:
-        parent = OmegaConf.select(node, ".".join(key.split(".")[:-1])) if "." in key else node
-    except OmegaConfBaseException:
-        parent = None
-    names = [str(k) for k in parent] if isinstance(parent, DictConfig) else []
-    return list(dict.fromkeys([*names, *DIALS]))
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1]).rstrip(".")

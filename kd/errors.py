@@ -29,8 +29,23 @@ def nearest(word: str, options: Iterable[str]) -> str:
 
     >>> nearest("temprature", ["temperature", "alpha"])
     "; did you mean 'temperature'?"
+    >>> nearest("learning_rate", ["epochs", "lr"])
+    "; did you mean 'lr'?"
     >>> nearest("xyz", ["temperature"])
     ''
     """
-    close = get_close_matches(word, list(options), n=3, cutoff=0.6)
-    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+    names = {name.lower(): name for name in options}
+    initials = "".join(part[0] for part in word.lower().split("_") if part)
+    close = get_close_matches(word.lower(), names, n=3, cutoff=0.6) or [name for name in (initials,) if name in names]
+    return f"; did you mean {' or '.join(repr(names[name]) for name in close)}?" if close else ""
+
+
+def offer(word: str, options: Iterable[str]) -> str:
+    """The closest options or, where none is close, all of them; nothing where there are none or very many.
+
+    >>> offer("x", ["alpha", "seed"])
+    '; there are alpha, seed'
+    """
+    names = list(options)
+    listed = f"; there {'are' if len(names) > 1 else 'is'} {', '.join(names)}" if 0 < len(names) <= 20 else ""
+    return nearest(word, names) or listed

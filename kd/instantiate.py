@@ -11,23 +11,23 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from kd.errors import InputError, nearest
+from kd.errors import InputError, nearest, offer
 
-ALLOWED = (
-    "kd.data.",
-    "kd.losses.",
-    "kd.models.",
-    "kd.objective.",
-    "kd.stages.",
-    "kd.tasks.",
-    "pytorch_lightning.loggers.",
-    "timm.models.",
-    "torch.nn.",
-    "torch.optim.",
-    "torchmetrics.",
-    "transformers.",
-)
-_DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+# Where a target may stand, and the base class that it must then have. Private names are no targets, and functions are
+# none but one: a package of ours or torch's also holds what reads and writes files.
+_MODULE = "torch.nn.modules.module.Module"
+KINDS = {
+    "kd.data.": "kd.data.source.Source",
+    "kd.losses.": _MODULE,
+    "kd.models.": _MODULE,
+    "kd.objective.": "kd.objective.Term",
+    "kd.stages.": "",  # whatever has a VERSION
+    "torch.nn.": _MODULE,
+    "torch.optim.": "torch.optim.optimizer.Optimizer",
+}
+ALLOWED = tuple(KINDS)
+FUNCTIONS = ("kd.models.create", "kd.models.build.create")
+_DOTTED = re.compile(r"[A-Za-z]\w*(\.[A-Za-z]\w*)+")
 _MOVED: dict[str, str] = {}  # old dotted path -> new one, for configs that were stored before a class moved
 
 
@@ -69,7 +69,7 @@ def targets(node: Any, where: str = "") -> Iterator[tuple[str, Any]]:
         if "_target_" in node:
             yield where, node["_target_"]
         for key, value in node.items():
-            yield from targets(value, f"{where}.{key}" if where else str(key))
+            yield from targets(value, _join(where, str(key)))
     elif isinstance(node, (list, tuple)):
         for i, value in enumerate(node):
             yield from targets(value, f"{where}[{i}]")
@@ -85,17 +85,31 @@ def resolve(name: Any, extra: Iterable[str] = ()) -> Any:
     module_name, _, attribute = path.rpartition(".")
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise InputError(f"_target_ {path!r}: {error}") from error
+    except Exception as error:  # a package of the user's own may raise anything when it is imported
+        raise InputError(f"_target_ {path!r}: {type(error).__name__}: {error}") from error
     found = getattr(module, attribute, None)
+    classes = [name for name, kind in vars(module).items() if inspect.isclass(kind) and not name.startswith("_")]
     if found is None:
-        raise InputError(f"_target_ {path!r}: {module_name} has no {attribute!r}{nearest(attribute, dir(module))}")
-    home = str(getattr(found, "__module__", "")) + "."
-    # A class, or one of our own functions: torch.nn and its like also hold functions that read and write files.
-    ours = inspect.isfunction(found) and path.startswith(("kd.", *(f"{e.rstrip('.')}." for e in extra)))
-    if not (inspect.isclass(found) or ours) or not home.startswith(allowed(extra)):
-        raise InputError(f"_target_ {path!r} is no class of an allowed package; name the class itself")
+        raise InputError(f"_target_ {path!r}: {module_name} has no {attribute!r}{nearest(attribute, classes)}")
+    if not _is_kind(found, path, tuple(extra)):
+        raise InputError(
+            f"_target_ {path!r} is no class of an allowed package; name the class itself{nearest(attribute, classes)}"
+        )
     return found
+
+
+def _is_kind(found: Any, path: str, extra: tuple[str, ...]) -> bool:
+    """Whether what a name stands for is of the kind its package is allowed for, and is at home there."""
+    home = f"{getattr(found, '__module__', '')}."
+    if path.startswith(tuple(f"{name.rstrip('.')}." for name in extra)):
+        return inspect.isclass(found) or inspect.isfunction(found)
+    if path in FUNCTIONS:
+        return inspect.isfunction(found) and home.startswith("kd.models.")
+    if not inspect.isclass(found) or not home.startswith(ALLOWED):
+        return False
+    base = next(base for prefix, base in KINDS.items() if path.startswith(prefix))
+    bases = {f"{kind.__module__}.{kind.__qualname__}" for kind in found.__mro__}
+    return base in bases if base else hasattr(found, "VERSION")
 
 
 def signature_errors(
@@ -112,26 +126,37 @@ def signature_errors(
     if not any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
         for key in keywords:
             if key not in signature.parameters:
-                name = f"{where}.{key}" if where else key
-                raise InputError(f"{name} is not a field of {node['_target_']}{nearest(key, signature.parameters)}")
+                fields = [name for name in signature.parameters if name not in late]
+                raise InputError(f"{_join(where, key)} is not a field of {node['_target_']}{offer(key, fields)}")
     try:
         signature.bind(**keywords, **{name: None for name in late if name in signature.parameters})
     except TypeError as error:
         raise InputError(f"{where or node['_target_']}: {error}") from error
 
 
-def instantiate(node: Any, extra: Iterable[str] = (), **late: Any) -> Any:
+def instantiate(node: Any, extra: Iterable[str] = (), where: str = "", **late: Any) -> Any:
     """Build what a config describes, innermost first; ``late`` are arguments for the outermost object.
+
+    ``where`` is the path of ``node`` in the config, for the messages.
+
+    Raises:
+        InputError: if a target is not allowed or its fields are not these.
 
     >>> instantiate({"_target_": "torch.nn.Linear", "in_features": 2, "out_features": 3}).weight.shape
     torch.Size([3, 2])
     """
     if isinstance(node, Mapping):
-        inner = {key: instantiate(value, extra) for key, value in node.items() if key != "_target_"}
+        inner = {
+            key: instantiate(value, extra, _join(where, str(key))) for key, value in node.items() if key != "_target_"
+        }
         if "_target_" not in node:
             return inner
-        signature_errors(node, extra=extra, late=late)
+        signature_errors(node, where, extra, late)
         return resolve(node["_target_"], extra)(**inner, **late)
     if isinstance(node, (list, tuple)):
-        return [instantiate(value, extra) for value in node]
+        return [instantiate(value, extra, f"{where}[{i}]") for i, value in enumerate(node)]
     return node
+
+
+def _join(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else key

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,10 +13,18 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
-from kd.config import Job, jobs
-from kd.errors import InputError, KDError
+from kd.config import Job, jobs, labels
+from kd.errors import Inconclusive, InputError, KDError
 from kd.pipeline import jobs as children
 from kd.pipeline.execute import record_sweep
 from kd.pipeline.plan import Plan, plan, status
@@ -40,6 +49,11 @@ def progress(shown: bool) -> Iterator[Progress]:
     )
     with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as bars:
         yield bars
+
+
+def say(line: str) -> None:
+    """One line on standard error, markup and all, as long as it is."""
+    console.print(line, soft_wrap=True)
 
 
 def planned(words: list[str], multirun: bool, config_dir: str | None) -> tuple[list[Plan], list[Job], Run, bool]:
@@ -75,48 +89,77 @@ def launch(
     runs = [Run(**job.config["run"]) for job in configs]
     missing = [p for p in plans if any(status(n, store) != "hit" for n in p.nodes)]
     if missing:
+        writable(store.root)
         children.warm()
         with console.status("checking every job") if console.is_terminal else contextlib.nullcontext():
             outcome = children.call(check_jobs, missing, run)
         if outcome["status"] != "done":
             raise _as_error(outcome)
+    names = labels(p.overrides for p in plans) if is_sweep else [""]
     outcomes: list[dict[str, Any]] = []
     with progress(run.progress) as bars:
         overall = bars.add_task("sweep", total=len(plans)) if is_sweep else None
-        for i, (one, how) in enumerate(zip(plans, runs, strict=True)):
-            label = " ".join(w for w in one.overrides if not w.startswith("run.")) if is_sweep else ""
-            outcomes.append(_one(one, how, store, sweep, bars, label))
+        for i, (one, how, name) in enumerate(zip(plans, runs, names, strict=True)):
+            outcomes.append(_one(one, how, store, sweep, bars, name))
             if outcomes[-1]["status"] == "failed":
-                console.print(f"[red]failed[/] {escape(label or short(one.key))}: {escape(outcomes[-1]['error'])}")
-            if is_sweep:
+                if not is_sweep:
+                    raise _as_error(outcomes[-1])
+                say(f"[red]failed[/] {escape(name or short(one.key))}: {escape(outcomes[-1]['error'])}")
+            if overall is not None:
                 # After each job, so that a killed sweep is still found; the last writing is the whole one.
                 rest = [{"status": "pending"}] * (len(plans) - i - 1)
                 record_sweep(store, str(sweep), words, plans, [*outcomes, *rest])
-                bars.advance(overall) if overall is not None else None
+                bars.advance(overall)
     return plans, outcomes, sweep, run
+
+
+def writable(root: Path) -> None:
+    """Refuse a store that could not be written, without leaving anything there.
+
+    Raises:
+        InputError: if it cannot be made, or nothing can be written into it.
+    """
+    place = next(path for path in (root, *root.parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"the store {root} cannot be written ({error.strerror}: {place}); name another folder in KD_STORE or "
+            "run.store"
+        ) from error
 
 
 def _one(plan: Plan, run: Run, store: Store, sweep: str | None, bars: Progress, label: str) -> dict[str, Any]:
     if all(status(node, store) == "hit" for node in plan.nodes):
         return {"status": "hit", "ran": [], "exit_code": 0}
-    task = bars.add_task(label or "starting", total=None)
+    task = bars.add_task("starting", total=None)
+    ran: list[str] = []  # told one by one: a job that fails later has still made these
 
     def hear(event: dict[str, Any]) -> None:
+        nonlocal task
         kind = event.get("event")
+        name = label if event.get("key") == plan.key else ""  # a stage before the last is not this job's alone
         if kind == "start":
-            bars.update(task, description=f"{event['stage']} {short(event['key'])}", total=None, completed=0)
+            task = _fresh(bars, task, f"{event['stage']} {name or short(event['key'])}")
         elif kind in ("step", "pass"):
             bars.update(task, total=event["total"], completed=event["step"])
         elif kind == "done":
-            console.print(
-                f"[green]made[/] {event['stage']} {short(event['key'])}" + (f"  {escape(label)}" if label else "")
-            )
+            ran.append(event["stage"])
+            say(f"[green]made[/] {event['stage']} {short(event['key'])}  {escape(name)}".rstrip())
         elif kind == "say":
-            console.print(escape(event["line"]))
+            say(escape(event["line"]))
 
     outcome = children.call(run_job, plan, run, sweep, None, tell=hear)
     bars.remove_task(task)
-    return {**outcome, "ran": outcome.get("value") or []}
+    return {**outcome, "ran": ran}
+
+
+def _fresh(bars: Progress, task: TaskID, text: str) -> TaskID:
+    """A bar for the next stage in place of the last one's: a total cannot be taken back."""
+    bars.remove_task(task)
+    text = text.strip()
+    return bars.add_task(escape(text if len(text) <= 40 else text[:39] + "…"), total=None)
 
 
 def _as_error(outcome: dict[str, Any]) -> KDError:
@@ -135,43 +178,49 @@ def reproduce(
         InputError: if the recorded config is not to be trusted.
         Inconclusive: if data or a parent's record is missing.
     """
-    from kd.errors import Inconclusive
-
     store = Store(store_dir)
     artifact = store.find(prefix)
-    plan = lineage(store, artifact)
     for word in words:
         if not word.startswith(("run.", "run/", "++run.", "+run.")):
             raise InputError(f"{word}: only run.* may be given to reproduce; anything else would be another run")
     run = Run(**jobs([f"run.store={store_dir}", "run.wandb=disabled", "run.latency=false", *words])[0][0].config["run"])
+    plan = lineage(store, artifact, run.trusted)
     notes = [
         f"code {line}"
         for line in differences(artifact.card["fingerprints"]["code"], code_print(), ("commit", "digest"))
     ]
     recorded = artifact.card["fingerprints"].get("environment", {})
-    scratch = tempfile.mkdtemp(prefix="reproduce-", dir=_ensure(store.root / "scratch"))
-    again = replace(run, store=scratch)
+    writable(store.root)
+    scratch = Path(tempfile.mkdtemp(prefix="reproduce-", dir=_ensure(store.root / "scratch")))
+    try:
+        again = replace(run, store=str(scratch))
+        outcome = _again(plan, again, threads or recorded.get("threads"))
+        if outcome["status"] != "done":
+            raise Inconclusive(outcome["error"]) if outcome.get("exit_code") == 2 else _as_error(outcome)
+        verdict = judge(store, Store(scratch), plan)
+    finally:
+        if keep:
+            say(f"kept {escape(str(scratch))}")
+        else:
+            shutil.rmtree(scratch, ignore_errors=True)
+            with contextlib.suppress(OSError):  # another reproduction is in there too
+                scratch.parent.rmdir()
+    return verdict, plan, notes
+
+
+def _again(plan: Plan, run: Run, threads: int | None) -> dict[str, Any]:
     children.warm()
     with progress(run.progress) as bars:
         task = bars.add_task(f"reproducing {short(plan.key)}", total=None)
 
         def hear(event: dict[str, Any]) -> None:
+            nonlocal task
             if event.get("event") == "start":
-                bars.update(task, description=f"again: {event['stage']}", total=None, completed=0)
+                task = _fresh(bars, task, f"again: {event['stage']}")
             elif event.get("event") in ("step", "pass"):
                 bars.update(task, total=event["total"], completed=event["step"])
 
-        outcome = children.call(run_job, plan, again, None, threads or recorded.get("threads"), tell=hear)
-    try:
-        if outcome["status"] != "done":
-            raise Inconclusive(outcome["error"]) if outcome.get("exit_code") == 2 else _as_error(outcome)
-        verdict = judge(store, Store(scratch), plan)
-    finally:
-        if not keep:
-            import shutil
-
-            shutil.rmtree(scratch, ignore_errors=True)
-    return verdict, plan, notes
+        return children.call(run_job, plan, run, None, threads, tell=hear)
 
 
 def _ensure(folder: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ def _described(group: str) -> list[dict[str, Any]]:
     base = conf_dir()
     folder = base.parent / group if group == "experiments" else base / group
     rows: list[dict[str, Any]] = []
+    if not folder.is_dir():
+        raise InputError(f"this installation of kd has no {group}/ folder")
     for name, text in described(folder):
         row: dict[str, Any] = {"name": name}
         if group == "loss":
@@ -42,12 +45,12 @@ def _described(group: str) -> list[dict[str, Any]]:
 
 
 def described(folder: Path) -> list[tuple[str, str]]:
-    """The options of a group with the first comment of each file."""
+    """The options of a group, and of the groups inside it, with the first comment of each file."""
     found = []
-    for path in sorted(folder.glob("*.yaml")):
+    for path in sorted(folder.rglob("*.yaml"), key=lambda path: (len(path.parts), path)):
         comments = (line for line in path.read_text().splitlines() if line.startswith("#") and "@package" not in line)
         first = next(comments, "")
-        found.append((path.stem, first.lstrip("# ").strip()))
+        found.append((path.relative_to(folder).with_suffix("").as_posix(), first.lstrip("# ").strip()))
     return found
 
 
@@ -57,9 +60,14 @@ def _term(name: str) -> dict[str, Any]:
     node = OmegaConf.to_container(OmegaConf.load(conf_dir() / "loss" / f"{name}.yaml"), resolve=False)
     assert isinstance(node, dict)
     term = node[name]
-    views = [str(term[k]) for k in ("student", "teacher", "target") if term.get(k)]
+    views = [
+        f"{k}.<layer>" if term[k] == "???" else str(term[k]) for k in ("student", "teacher", "target") if k in term
+    ]
     family = str(term["loss"]["_target_"]).split(".")[-2]
-    return {"family": family, "views": ", ".join(views), "weight": str(term["weight"])}
+    # ${alpha} and ${complement:${alpha}}, as one would say them.
+    weight = re.sub(r"\$\{(\w+)\}", r"\1", str(term["weight"]))
+    weight = re.sub(r"\$\{complement:(\w+)\}", r"1 - \1", weight)
+    return {"family": family, "views": ", ".join(views), "weight": weight}
 
 
 def _models(pattern: str | None) -> list[dict[str, Any]]:
@@ -67,7 +75,7 @@ def _models(pattern: str | None) -> list[dict[str, Any]]:
 
     import kd.models.nets as nets
 
-    ours = sorted(timm.list_models(module="nets")) or sorted(n for n in timm.list_models() if hasattr(nets, n))
+    ours = sorted(n for n in timm.list_models() if hasattr(nets, n))
     if pattern is None:
         count = len(timm.list_models()) - len(ours)
         rows = [
@@ -77,9 +85,9 @@ def _models(pattern: str | None) -> list[dict[str, Any]]:
     found = timm.list_models(pattern)
     if not found:
         raise InputError(f"no model fits {pattern!r}{nearest(pattern.strip('*'), timm.list_models())}")
-    weights = set(timm.list_models(pattern, pretrained=True))
+    weights = {name.partition(".")[0] for name in timm.list_models(pattern, pretrained=True)}
     return [
-        {"name": n, "from": "kd" if n in ours else "timm", "about": "pretrained weights" if n in weights else ""}
+        {"name": n, "from": "kd" if n in ours else "timm", "weights": "pretrained" if n in weights else ""}
         for n in found
     ]
 
@@ -96,17 +104,20 @@ def _stages() -> list[dict[str, Any]]:
 
 
 def _layers(name: str | None) -> list[dict[str, Any]]:
+    import kd.models.nets as nets
     from kd.models import create, layers
 
     if name is None:
         raise InputError("name a network, e.g. kd list layers resnet18")
-    for channels, size in ((3, 224), (1, 28)):
+    grey, colour = (1, 28), (3, 224)
+    first: InputError | None = None
+    for channels, size in (grey, colour) if hasattr(nets, name) else (colour, grey):
         try:
             net = create(name, num_classes=10, in_chans=channels, size=size)
-            found = layers(net, (channels, size, size))
         except InputError as error:
-            if "no such" in str(error) or "did you mean" in str(error):
-                raise
+            first = first or error
             continue
+        found = [("(image)", "", (1, channels, size, size)), *layers(net, (channels, size, size))]
         return [{"path": p, "layer": kind, "shape": "x".join(map(str, shape[1:]))} for p, kind, shape in found]
-    raise InputError(f"{name} takes neither 224x224 colour nor 28x28 grey images")
+    assert first is not None
+    raise first

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kd.errors import InputError, KDError
+from kd.errors import InputError, KDError, nearest
 from kd.pipeline import jobs as children
 from kd.report.figures import heatmap
 from kd.report.markdown import update_markdown
@@ -27,6 +27,8 @@ from kd.training.settings import Run
 def chosen(what: list[str], store: Store) -> tuple[list[Card], dict[str, Any] | None, str]:
     """The cards a report is about, the sweep's record if it is one, and a title.
 
+    Each word is a sweep, ``experiments=NAME`` or the hash of a run; without a word it is the last sweep.
+
     Raises:
         InputError: if the store is empty or a word names nothing.
     """
@@ -38,22 +40,34 @@ def chosen(what: list[str], store: Store) -> tuple[list[Card], dict[str, Any] | 
         if not lookup:
             raise InputError(f"there is no run in {store.root}; `kd run` makes one")
         return [*lookup.values()], None, "all runs"
-    if len(what) == 1 and what[0].startswith("experiments="):
+    found = [_named(word, store, lookup) for word in what]
+    if len(found) == 1:
+        return found[0]
+    cards = {card["key"]: card for some, _, _ in found for card in some}
+    return [*cards.values()], None, ", ".join(title for _, _, title in found)
+
+
+def _named(word: str, store: Store, lookup: Mapping[str, Card]) -> tuple[list[Card], dict[str, Any] | None, str]:
+    """What one word names."""
+    if word.startswith("experiments="):
         from kd.config import jobs
         from kd.pipeline.plan import plan
 
-        found, _ = jobs([what[0], f"run.store={store.root}"])
+        found, _ = jobs([word, f"run.store={store.root}"])
         keys = [plan(job.config, job.overrides).key for job in found]
         cards: list[Card] = [lookup[k] for k in keys if k in lookup]
         if not cards:
-            raise InputError(f"no run of {what[0]} is in {store.root}; `kd run {what[0]}` makes them")
-        return cards, None, what[0].partition("=")[2]
-    if len(what) == 1:
-        fitting = [s for s in store.sweeps() if str(s["id"]).startswith(what[0])] if len(what[0]) >= 4 else []
-        if len(fitting) == 1:
-            return _of_sweep(fitting[0], lookup)
-    cards = [store.find(word).card for word in what]
-    return cards, None, " ".join(str(c["key"])[:16] for c in cards)
+            raise InputError(f"no run of {word} is in {store.root}; `kd run {word}` makes them")
+        return cards, None, word.partition("=")[2]
+    fitting = [s for s in store.sweeps() if str(s["id"]).startswith(word)] if len(word) >= 4 else []
+    if len(fitting) > 1:
+        raise InputError(
+            f"{word} fits {len(fitting)} sweeps ({', '.join(s['id'] for s in fitting[:4])}); give more digits"
+        )
+    if fitting:
+        return _of_sweep(fitting[0], lookup)
+    card = store.find(word).card
+    return [card], None, str(card["key"])[:16]
 
 
 def _of_sweep(sweep: dict[str, Any], lookup: Mapping[str, Card]) -> tuple[list[Card], dict[str, Any], str]:
@@ -97,6 +111,13 @@ def log_sweep(sweep: str, run: Run) -> str | None:
     return offline if outcome.get("value") and chosen_mode == "offline" else None
 
 
+def offline_hint(run: Run) -> str | None:
+    """How offline W&B runs are looked at and synced, or None where W&B is online or off."""
+    from kd.training.tracking import mode, sync_hint
+
+    return sync_hint(Path(run.store).expanduser()) if mode(run.wandb) == "offline" else None
+
+
 def _log_sweep(sweep: str, run: Run, chosen_mode: str, tell: Any) -> bool:
     """In a child: the record and the cards into one W&B run."""
     from kd.training.tracking import log_sweep
@@ -133,7 +154,7 @@ def dashboard(what: str, entity: str | None, project: str, store_dir: str) -> li
 
     kinds = ("auto", "leet", "report", "workspace")
     if what not in kinds:
-        raise InputError(f"--what {what!r} is none of {', '.join(kinds)}")
+        raise InputError(f"--what {what!r} is none of {', '.join(kinds)}{nearest(what, kinds)}")
     store = Store(store_dir)
     offline = store.root / "wandb"
     logged_in = mode("auto", dict(os.environ)) == "online"

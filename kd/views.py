@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import platform
 import re
 import shutil
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 from typing import Any
@@ -16,82 +20,180 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
+from kd.config import labels
 from kd.errors import InputError, nearest
-from kd.pipeline.plan import Plan, status
+from kd.pipeline.plan import Node, Plan, status
 from kd.pipeline.reproduce import Verdict
 from kd.report.compare import diff
+from kd.stages.fingerprints import PACKAGES, code_print
 from kd.store import Artifact, Store, short
 
-MARKS = {"hit": "[green]hit[/]", "miss": "[yellow]miss[/]", "damaged": "[red]damaged[/]", "running": "[cyan]running[/]"}
+STYLES = {"hit": "green", "miss": "yellow", "damaged": "red", "running": "cyan"}
+LONG = 6  # a list of more values than this is told by its range
+# What `kd ls` does without on a narrow terminal, first to go first.
+SPARE = ("sweep", "started", "wall_s", "parameters", "f1", "seed", "data", "alpha", "temperature")
 
 
-def plan_data(plans: list[Plan], store: Store) -> dict[str, Any]:
+@cache
+def _versions() -> dict[str, str | None]:
+    """What a card's environment says of packages, as they are installed now; torch is not imported for it."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def made_otherwise(card: Mapping[str, Any]) -> list[str]:
+    """What an artifact was made with that is not what would make it now: "code", names of packages."""
+    prints = card.get("fingerprints", {})
+    code, environment = prints.get("code", {}), prints.get("environment", {})
+    other = ["code"] if code.get("digest") != code_print()["digest"] else []
+    return other + [n for n, now in _versions().items() if n in environment and environment[n] != now]
+
+
+def hits_note(plans: Sequence[Plan], store: Store) -> str | None:
+    """One line where artifacts of these plans were made by other code or packages than would make them now."""
+    keys = dict.fromkeys(n.key for p in plans for n in p.nodes)
+    others = [made_otherwise(a.card) for key in keys if (a := store.get(key))]
+    names = list(dict.fromkeys(name for other in others for name in other))
+    if not names:
+        return None
+    count = sum(map(bool, others))
+    made = f"{count} of the artifacts was" if count == 1 else f"{count} of the artifacts were"
+    return f"note: {made} made with other {_some(names)}; `kd plan` says which, `kd reproduce HASH` what it changes"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def plan_data(plans: Sequence[Plan], store: Store) -> dict[str, Any]:
     """A plan as data: each job's stages, and the distinct stages that would run."""
-    states = {n.key: status(n, store) for p in plans for n in p.nodes}
+    nodes = {n.key: n for p in plans for n in p.nodes}
+    known = [(card, _parts(card["document"])) for card in (a.card for a in store)]
+    stages = {key: _stage(n, store, known) for key, n in nodes.items()}
     return {
         "jobs": [
-            {
-                "overrides": list(p.overrides),
-                "key": p.key,
-                "stages": [
-                    {"stage": n.name, "key": n.key, "status": states[n.key], "inputs": n.inputs, "unused": n.unused}
-                    for n in p.nodes
-                ],
-            }
-            for p in plans
+            {"overrides": list(p.overrides), "key": p.key, "stages": [stages[n.key] for n in p.nodes]} for p in plans
         ],
-        "to_run": [
-            {"stage": n.name, "key": n.key}
-            for n in {n.key: n for p in plans for n in p.nodes}.values()
-            if states[n.key] != "hit"
-        ],
+        "to_run": [{"stage": s["stage"], "key": s["key"]} for s in stages.values() if s["status"] != "hit"],
     }
 
 
-def plan_view(plans: list[Plan], store: Store) -> Group:
-    """The stages of each job with key and state, what a miss differs in from the nearest artifact, and the sum."""
+Known = Sequence[tuple[Mapping[str, Any], dict[str, Any]]]
+
+
+def _stage(node: Node, store: Store, known: Known) -> dict[str, Any]:
+    found, state = store.get(node.key), status(node, store)
+    return {
+        "stage": node.name,
+        "key": node.key,
+        "status": state,
+        "inputs": node.inputs,
+        "unused": node.unused,
+        "damage": store.broken(node.key) if state == "damaged" else None,
+        "other": made_otherwise(found.card) if found else [],
+        "nearest": _nearest(node.document, known) if state == "miss" else None,
+    }
+
+
+def plan_view(plans: Sequence[Plan], store: Store) -> Group:
+    """The stages of each job with key and state, what makes each one that is not there, and what would run."""
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("stage", "key", "store", "made of"):
-        table.add_column(name, overflow="fold")
+    table.add_column("stage", no_wrap=True)
+    table.add_column("key", no_wrap=True)
+    table.add_column("store", no_wrap=True)
+    table.add_column("", overflow="fold")
     seen: set[str] = set()
-    cards = [a.card for a in store]
     reasons: dict[str, None] = {}
-    for p in plans:
-        for n in p.nodes:
+    data = plan_data(plans, store)
+    for p, job, label in zip(plans, data["jobs"], labels(p.overrides for p in plans), strict=True):
+        for n, stage in zip(p.nodes, job["stages"], strict=True):
+            reasons |= {f"{role} not used by {n.name}: {why}": None for role, why in n.unused.items()}
             if n.key in seen:
                 continue
             seen.add(n.key)
-            state = status(n, store)
-            label = " ".join(w for w in p.overrides if not w.startswith("run.")) if n is p.nodes[-1] else ""
-            made = _miss(n.document, cards) if state == "miss" else ""
-            table.add_row(n.name, short(n.key), MARKS[state], Text("; ".join(filter(None, (label, made)))))
-            reasons |= {f"{role} not used by {n.name}: {why}": None for role, why in n.unused.items()}
-    data = plan_data(plans, store)
+            state = stage["status"]
+            other = f" (other {_some(stage['other'])})" if stage["other"] else ""
+            # In a sweep, what the job is called says what it is made of.
+            said = label if label and n is p.nodes[-1] else _made_of(stage)
+            table.add_row(n.name, short(n.key), Text(state + other, style=STYLES[state]), Text(said))
     counts: dict[str, int] = {}
     for row in data["to_run"]:
         counts[row["stage"]] = counts.get(row["stage"], 0) + 1
-    total = ", ".join(f"{n} {name}" for name, n in counts.items()) or "nothing: all of it is in the store"
+    total = counted(counts) or "nothing: all of it is in the store"
     jobs = f"{len(plans)} job{'s' if len(plans) != 1 else ''}"
     return Group(table, *(Text(line) for line in reasons), Text(f"{jobs}; to run: {total}"))
 
 
-def _miss(document: dict[str, Any], cards: list[dict[str, Any]]) -> str:
-    """How a missing stage differs from the stored one most like it."""
-    mine = _leaves({k: document[k] for k in ("config", "inputs", "version")})
-    best: tuple[int, str, list[str]] | None = None
-    for card in cards:
-        other = card.get("document", {})
-        if other.get("stage") != document["stage"]:
+def counted(counts: Mapping[str, int]) -> str:
+    """How many of each stage.
+
+    >>> counted({"teacher": 1, "labels": 1, "student": 6})
+    '1 teacher, 1 labels, 6 students'
+    """
+    return ", ".join(f"{n} {name}{'s' if n > 1 and not name.endswith('s') else ''}" for name, n in counts.items())
+
+
+def _made_of(stage: Mapping[str, Any]) -> str:
+    if stage["damage"]:
+        return f"{stage['damage']}; it will be made again"
+    near = stage["nearest"]
+    if stage["status"] != "miss":
+        return ""
+    if near is None:
+        return "the first of its kind in this store"
+    changes = [_change(name, *pair) for name, pair in near["changes"].items()]
+    more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
+    return f"unlike {short(near['key'])}: {', '.join(changes[:3])}{more}"
+
+
+def _change(name: str, theirs: Any, mine: Any) -> str:
+    if name.startswith("inputs."):
+        return f"another {name.removeprefix('inputs.')}"
+    name = name.removeprefix("config.")
+    if name.rpartition(".")[2] == "digest":
+        return f"other {name.rpartition('.')[0]}"
+    return f"{name} {plain(theirs)} -> {plain(mine)}"
+
+
+def _nearest(document: Mapping[str, Any], known: Known) -> dict[str, Any] | None:
+    """The stored artifact of the same stage that a missing one is most like, and how they differ."""
+    mine = _parts(document)
+    best: dict[str, Any] | None = None
+    for card, theirs in known:
+        if card["document"]["stage"] != document["stage"]:
             continue
-        theirs = _leaves({k: other.get(k) for k in ("config", "inputs", "version")})
-        changed = sorted(k for k in {*mine, *theirs} if mine.get(k) != theirs.get(k))
-        if best is None or len(changed) < best[0]:
-            lines = [f"{k.removeprefix('config.')} {theirs.get(k)} -> {mine.get(k)}" for k in changed]
-            best = (len(changed), short(card["key"]), lines)
-    if best is None:
-        return "first of its kind in this store"
-    shown = ", ".join(re.sub(r"\b([0-9a-f]{16})[0-9a-f]{48}\b", r"\1", line) for line in best[2][:3])
-    return f"differs from {best[1]} in {shown}" + (f" and {best[0] - 3} more" if best[0] > 3 else "")
+        changed = {k: [theirs.get(k), mine.get(k)] for k in sorted({*mine, *theirs}) if mine.get(k) != theirs.get(k)}
+        if best is None or len(changed) < len(best["changes"]):
+            best = {"key": card["key"], "changes": changed}
+    return best
+
+
+def _parts(document: Mapping[str, Any]) -> dict[str, Any]:
+    return _leaves({k: document[k] for k in ("config", "inputs", "version")})
+
+
+def plain(value: Any) -> str:
+    """A value as people read it: six significant digits, a long list by its range, a digest by its first digits.
+
+    >>> plain(0.98123456789), plain(None), plain(4.0), plain("f" * 64), plain([0.5, 0.25])
+    ('0.981235', 'null', '4', 'ffffffffffffffff', '[0.5, 0.25]')
+    >>> plain([0.1] * 9 + [1 / 3])
+    '10 values from 0.1 to 0.333333'
+    """
+    if isinstance(value, str):
+        return short(value) if re.fullmatch("[0-9a-f]{64}", value) else value
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, (list, tuple)):
+        if len(value) > LONG and all(isinstance(v, (int, float)) for v in value):
+            return f"{len(value)} values from {plain(min(value))} to {plain(max(value))}"
+        return f"[{', '.join(map(plain, value))}]"
+    return json.dumps(value)
 
 
 def _leaves(node: Any, path: str = "") -> dict[str, Any]:
@@ -114,12 +216,15 @@ def ls_rows(store: Store, where: Iterable[str], sort: str | None, stage: str | N
         card = a.card
         config = card["document"]["config"]
         model = config.get("student") or config.get("model") or {}
+        # The dials stand in every command; what was trained without a teacher did not hear them.
+        heard = card.get("dials", {}) if card["document"].get("inputs") else {}
         row = {
             "hash": short(a.key),
             "stage": card.get("stage"),
             "model": model.get("name"),
             "data": config.get("data", {}).get("name"),
-            **{k: v for k, v in card.get("dials", {}).items() if k != "seed"},
+            "temperature": heard.get("temperature"),
+            "alpha": heard.get("alpha"),
             "seed": config.get("seed"),
             "accuracy": card.get("metrics", {}).get("test/accuracy"),
             "f1": card.get("metrics", {}).get("test/f1"),
@@ -128,9 +233,12 @@ def ls_rows(store: Store, where: Iterable[str], sort: str | None, stage: str | N
             "started": card.get("time", {}).get("started"),
             "sweep": card.get("run", {}).get("sweep"),
         }
-        row["_all"] = {**_leaves(config), **card.get("metrics", {}), **card.get("dials", {}), **row}
+        row["_all"] = {**_leaves(config), **card.get("metrics", {}), **card.get("cost", {}), **row}
         rows.append(row)
     if stage:
+        stages = {str(r["stage"]) for r in rows}
+        if rows and stage not in stages:
+            raise InputError(f"no run has the stage {stage!r}{nearest(stage, stages)}; there are {', '.join(stages)}")
         rows = [r for r in rows if r["stage"] == stage]
     for condition in where:
         rows = _filter(rows, condition)
@@ -178,52 +286,81 @@ def _number(text: str) -> float | None:
         return None
 
 
-def rows_table(rows: list[dict[str, Any]]) -> Table:
-    """Flat rows as a table, without the columns that are empty everywhere."""
+def rows_table(rows: Sequence[Mapping[str, Any]], width: int = 200, spare: Sequence[str] = ()) -> Group:
+    """Flat rows as a table, without the columns that are empty everywhere.
+
+    Where it is wider than ``width``, the columns in ``spare`` are left out one after the other, and named below.
+    """
+    names = [n for n in dict.fromkeys(n for r in rows for n in r) if any(r.get(n) not in (None, "") for r in rows)]
+    cells = {n: [_cell(n, r.get(n)) for r in rows] for n in names}
+
+    def needed() -> int:
+        return sum(max(len(n), *map(len, cells[n])) + 2 for n in names) - 2
+
+    left_out = []
+    for n in spare:
+        if names and needed() > width and n in names:
+            names.remove(n)
+            left_out.append(n)
     table = Table(box=None, header_style="bold", pad_edge=False)
-    names = [n for n in (rows[0] if rows else ()) if any(r.get(n) is not None for r in rows)]
-    for name in names:
-        table.add_column(name, no_wrap=name == "hash")
-    for r in rows:
-        table.add_row(*(_cell(r.get(name)) for name in names))
-    return table
+    for n in names:
+        numeric = all(isinstance(r.get(n), (int, float, type(None))) for r in rows)
+        table.add_column(n, justify="right" if numeric else "left", no_wrap=n in ("hash", "name", "path"))
+    for i in range(len(rows)):
+        table.add_row(*(Text(cells[n][i], style="dim" if cells[n][i] == "-" else "") for n in names))
+    dropped = [Text(f"not shown for want of width: {', '.join(reversed(left_out))}", style="dim")] if left_out else []
+    return Group(table, *dropped)
 
 
-def _cell(value: Any) -> Text:
+def _cell(name: str, value: Any) -> str:
     if value is None:
-        return Text("-", style="dim")
-    return Text(f"{value:.4f}" if isinstance(value, float) and not value.is_integer() else str(value))
+        return "-"
+    if name == "started":
+        return str(value)[:16].replace("T", " ")
+    if name == "wall_s":
+        return f"{value:.1f}"
+    if name in ("accuracy", "f1"):
+        return f"{value:.4f}"
+    return plain(value) if isinstance(value, float) else str(value)
 
 
 def show_view(artifact: Artifact, store: Store) -> Group:
     """One artifact: metrics, cost, lineage, config, fingerprints, files, how to make it again."""
     card = artifact.card
-    head = Text(f"{card.get('stage')} {card['key']}", style="bold")
     tree = Tree("lineage")
     _lineage(tree, artifact, store)
-    parts: list[Any] = [head, tree]
+    parts: list[Any] = [Text(f"{card.get('stage')} {card['key']}", style="bold")]
+    if damage := store.damage(artifact):
+        parts.append(Text(f"damaged: {damage}", style="red"))
+    if other := made_otherwise(card):
+        parts.append(Text(f"made with other {_some(other)} than stands here now", style="dim"))
+    parts.append(tree)
     sections = {
         "metrics": card.get("metrics", {}),
         "cost": card.get("cost", {}),
         "time": card.get("time", {}),
+        "dials": card.get("dials", {}),
         "config": _leaves(card["document"]["config"]),
-        "environment": card.get("fingerprints", {}).get("environment", {}),
+        "data": card.get("fingerprints", {}).get("data", {}),
         "code": card.get("fingerprints", {}).get("code", {}),
-        "files": {n: f"{f['bytes']} bytes, sha256 {f['sha256'][:16]}" for n, f in card.get("files", {}).items()},
+        "environment": card.get("fingerprints", {}).get("environment", {}),
+        "files": {n: f"{f['bytes']:,} bytes, sha256 {short(f['sha256'])}" for n, f in card.get("files", {}).items()},
     }
     for name, values in sections.items():
         if values:
-            table = Table(
-                box=None, show_header=False, pad_edge=False, title=name, title_justify="left", title_style="bold"
-            )
+            table = Table(box=None, show_header=False, pad_edge=False)
+            table.add_column(no_wrap=True)
+            table.add_column(overflow="fold")
             for key, value in values.items():
-                table.add_row(Text(key), Text(json.dumps(value) if not isinstance(value, str) else value))
-            parts.append(table)
-    if damage := store.damage(artifact):
-        parts.append(Text(f"damaged: {damage}", style="red"))
+                table.add_row(Text(key), Text(plain(value)))
+            parts += [Text(), Text(name, style="bold"), table]
+    parts.append(Text())
+    run = card.get("run", {})
     if card.get("resumed"):
         parts.append(Text(f"resumed at step {', '.join(map(str, card['resumed']))}"))
-    parts.append(Text(f"made by: kd run {' '.join(card.get('run', {}).get('overrides', []))}"))
+    if run.get("sweep"):
+        parts.append(Text(f"sweep:   {run['sweep']}"))
+    parts.append(Text(f"made by: kd run {' '.join(run.get('overrides', []))}".rstrip()))
     parts.append(Text(f"again:   kd reproduce {short(card['key'])}"))
     return Group(*parts)
 
@@ -231,7 +368,9 @@ def show_view(artifact: Artifact, store: Store) -> Group:
 def _lineage(tree: Tree, artifact: Artifact, store: Store) -> None:
     for role, key in artifact.card["document"]["inputs"].items():
         parent = store.read(store.folder(key))
-        branch = tree.add(f"{role} {short(key)}" + ("" if parent else " (not in this store)"))
+        model = parent.card["document"]["config"].get("model", {}).get("name") if parent else None
+        said = f" {model}" if model else "" if parent else " (not in this store)"
+        branch = tree.add(Text(f"{role} {short(key)}{said}"))
         if parent:
             _lineage(branch, parent, store)
 
@@ -240,22 +379,23 @@ def diff_view(a: Artifact, b: Artifact) -> Group:
     """What differs between two artifacts, section by section."""
     parts: list[Any] = []
     for name, changes in diff(a.card, b.card).items():
-        table = Table(
-            box=None, header_style="bold", pad_edge=False, title=name, title_justify="left", title_style="bold"
-        )
-        for column in ("", short(a.key), short(b.key)):
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        for column in (name, short(a.key), short(b.key)):
             table.add_column(column, overflow="fold")
-        rows = changes.items() if isinstance(changes, dict) else ((c[0], c[1:]) for c in changes)
-        for path, pair in rows:
-            left, right = (pair["a"], pair["b"]) if isinstance(pair, dict) else tuple(pair)[:2]
-            table.add_row(Text(path), Text(_plain(left)), Text(_plain(right)))
-        if table.row_count:
-            parts.append(table)
+        for path, left, right in changes:
+            table.add_row(Text(path), *map(Text, _pair(left, right)))
+        parts += [*([Text()] if parts else []), table]
     return Group(*(parts or [Text("nothing differs")]))
 
 
-def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+def _pair(left: Any, right: Any) -> tuple[str, str]:
+    """Two values that differ; of long lists that are as long, where they differ most."""
+    if not (isinstance(left, list) and isinstance(right, list) and LONG < len(left) == len(right)):
+        return plain(left), plain(right)
+    if not all(isinstance(value, (int, float)) for value in (*left, *right)):
+        return plain(left), plain(right)
+    at = max(range(len(left)), key=lambda i: abs(left[i] - right[i]))
+    return f"[{at}] {plain(left[at])}", f"[{at}] {plain(right[at])}, of {len(left)} the largest change"
 
 
 def verdict_view(verdict: Verdict, notes: list[str]) -> Group:
@@ -303,6 +443,7 @@ def health(store: Store, data_dir: Path) -> list[tuple[str, str, str]]:
     for name in BREAKERS:
         if name in installed:
             checks.append(("bad", name, f"breaks every Hydra program at start: pip uninstall {name}"))
+    checks += _plugins()
     root = store.root
     parent = next(p for p in (root, *root.parents) if p.exists())
     free = shutil.disk_usage(parent).free
@@ -317,8 +458,41 @@ def health(store: Store, data_dir: Path) -> list[tuple[str, str, str]]:
     from kd.training.tracking import mode
 
     checks.append(("ok", "W&B", mode("auto", dict(os.environ))))
-    checks.append(("ok", "processors", f"{os.cpu_count()}, threads {os.environ.get('OMP_NUM_THREADS', 'as many')}"))
+    threads = os.environ.get("OMP_NUM_THREADS")
+    checks.append(("ok", "processors", f"{os.cpu_count()}" + (f", OMP_NUM_THREADS={threads}" if threads else "")))
     return checks
+
+
+def _plugins() -> list[tuple[str, str, str]]:
+    """Whether Hydra can read every plugin that is installed: one that raises breaks each command that composes."""
+    from hydra.core.plugins import Plugins
+
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            Plugins._scan_all_plugins(modules=_plugin_packages())
+    except Exception as error:  # a plugin's import may raise anything
+        return [("bad", "Hydra plugin", f"{_culprit(error)} breaks every command: uninstall the package it is from")]
+    return [("warn", "Hydra plugin", " ".join(str(w.message).split())) for w in caught]
+
+
+def _plugin_packages() -> list[Any]:
+    try:
+        return [importlib.import_module("hydra_plugins")]
+    except ImportError:  # none is installed
+        return []
+
+
+def _culprit(error: BaseException) -> str:
+    """The module under hydra_plugins whose import raised."""
+    frame, found = error.__traceback__, "a Hydra plugin"
+    while frame is not None:
+        parts = Path(frame.tb_frame.f_code.co_filename).parts
+        if "hydra_plugins" in parts:
+            found = ".".join(parts[parts.index("hydra_plugins") :]).removesuffix(".py").removesuffix(".__init__")
+            break
+        frame = frame.tb_next
+    return f"{found} ({type(error).__name__}: {error})"
 
 
 def _broken(found: list[Artifact]) -> str:

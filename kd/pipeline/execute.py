@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -13,15 +14,17 @@ from typing import Any
 from kd.errors import KDError
 from kd.instantiate import resolve
 from kd.pipeline.plan import Node, Plan
-from kd.store import Artifact, Store, short, write_json
-from kd.training.settings import Run
+from kd.stages.fingerprints import NUMERIC
+from kd.store import Artifact, Store, canonical, short, with_neutral, write_json, write_text
+from kd.training.settings import CHECKPOINT, HISTORY, Run
 
 Tell = Callable[[dict[str, Any]], None]
 
 
 def build(document: Mapping[str, Any], trusted: list[str] | None = None) -> Any:
     """The stage a document describes; its config stays plain data, which the stage itself instantiates."""
-    return resolve(document["stage"], trusted or [])(**document["config"])
+    kind = resolve(document["stage"], trusted or [])
+    return kind(**with_neutral(document["config"], kind.SINCE))
 
 
 def check(plans: list[Plan], store: Store, run: Run) -> None:
@@ -99,10 +102,10 @@ def make(node: Node, plan: Plan, store: Store, run: Run, tell: Tell, sweep: str 
     try:
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True, exist_ok=True)
-        _same_code(work, code_print()["digest"], tell)
+        environment = environment_print()
+        _same_maker(work, {"code": code_print()["digest"], **{n: environment[n] for n in NUMERIC}}, tell)
         dials = plan.dials if node is plan.nodes[-1] else {}
         room = Room(run, work, node.key, node.name, sweep, node.document, dials, tell)
-        environment = environment_print()
         result = build(node.document, run.trusted).run(inputs, out, room)
         prints = result.pop("fingerprints", {})
         card = {
@@ -121,8 +124,8 @@ def make(node: Node, plan: Plan, store: Store, run: Run, tell: Tell, sweep: str 
             },
         }
         artifact = store.put(node.key, out, card)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except Exception as error:
+        if _disk_full(error):
             raise KDError(
                 f"{node.name}: no space left for {store.root}; free some (`kd rm`), then run the same command again: "
                 "it goes on from its last checkpoint"
@@ -132,26 +135,45 @@ def make(node: Node, plan: Plan, store: Store, run: Run, tell: Tell, sweep: str 
     return artifact
 
 
-def _same_code(work: Path, digest: str, tell: Tell) -> None:
-    """Start over where the code has changed since the checkpoint was written: half of each would be neither."""
-    note = work / "code"
-    if note.exists() and note.read_text().strip() != digest:
-        tell({"event": "say", "line": "the code has changed since the checkpoint was written: starting over"})
-        for path in work.glob("*"):
-            if path.is_file():
-                path.unlink()
-    if not note.exists():
-        note.write_text(digest)
+def _disk_full(error: BaseException) -> bool:
+    """Whether an error says that the disk is full, whoever wrote: Python, safetensors and torch say it differently."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    text = str(error)
+    return any(words in text for words in ("No space left on device", "File too large", "Disk quota exceeded"))
+
+
+def _same_maker(work: Path, maker: dict[str, Any], tell: Tell) -> None:
+    """Start over where code, threads or device are not those of the checkpoint: half of each would be neither."""
+    note = work / "maker"
+    known = note.read_text() if note.exists() else None
+    if known != canonical(maker):
+        if (work / CHECKPOINT).exists():
+            tell({"event": "say", "line": f"the checkpoint was written by {_changed(known, maker)}: starting over"})
+        # The note last: a kill in between must not leave an old checkpoint under a new note.
+        for name in (CHECKPOINT, HISTORY):
+            (work / name).unlink(missing_ok=True)
+        write_text(note, canonical(maker))
+
+
+def _changed(known: str | None, maker: dict[str, Any]) -> str:
+    try:
+        before = json.loads(known or "{}")
+    except ValueError:
+        before = {}
+    names = [n for n in maker if canonical(before.get(n)) != canonical(maker[n])]
+    return f"another {' and '.join(names)}"
 
 
 def record_sweep(
     store: Store, sweep: str, overrides: list[str], plans: list[Plan], outcomes: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """Write the sweep's record: what was asked, each job's key and how it ended."""
+    started = next((s.get("started") for s in store.sweeps() if s.get("id") == sweep), None)
     record = {
         "schema": 1,
         "id": sweep,
-        "started": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "started": started or datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "overrides": overrides,
         "jobs": [
             {"overrides": list(p.overrides), "key": p.key, "status": o["status"], "error": o.get("error")}

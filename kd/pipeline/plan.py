@@ -65,17 +65,20 @@ def plan(config: Mapping[str, Any], overrides: tuple[str, ...] = ()) -> Plan:
     run = Run(**config["run"])
     stages = config["pipeline"]["stages"]
     made: dict[str, Node] = {}
-    skipped: dict[str, str] = {}
     for name, subtree in stages.items():
         where = f"pipeline.stages.{name}"
-        for path, target in targets(subtree, where):
-            check_target(target, run.trusted) if path else None
+        for _, target in targets(subtree, where):
+            check_target(target, run.trusted)
         kind = resolve(subtree["_target_"])
         body = {k: v for k, v in subtree.items() if k not in ("_target_", "inputs")}
         signature_errors({"_target_": subtree["_target_"], **body}, where)
-        inputs = dict(subtree.get("inputs") or {})
+        inputs = subtree.get("inputs") or {}
+        if not isinstance(inputs, dict):
+            raise InputError(
+                f"{where}.inputs={inputs!r} is no mapping; name a stage for each, e.g. {{teacher: teacher}}"
+            )
         for role, source in inputs.items():
-            if source not in made and source not in skipped:
+            if source not in made:
                 later = " (it stands later)" if source in stages else nearest(str(source), stages)
                 raise InputError(f"{where}.inputs.{role}={source!r} is no stage before it{later}")
         if "data" in body:
@@ -84,20 +87,26 @@ def plan(config: Mapping[str, Any], overrides: tuple[str, ...] = ()) -> Plan:
             body["fit"] = _fit(body["fit"], "fit" if name != "teacher" else "teacher_fit")
         body = plain(body, where)
         unused = kind.unused(body, inputs)
-        kept = {role: source for role, source in inputs.items() if role not in unused and source not in skipped}
+        kept = {role: source for role, source in inputs.items() if role not in unused}
         keys = {role: made[source].key for role, source in kept.items()}
-        text = document(_name(subtree["_target_"]), kind.VERSION, body, keys, kind.SINCE)
+        text = document(check_target(subtree["_target_"]), kind.VERSION, body, keys, kind.SINCE)
         made[name] = Node(name, digest(text), text, keys, unused)
     return Plan(
         nodes=_needed(made),
         pipeline=str(config["pipeline"].get("name", "")),
-        dials={name: config[name] for name in ("temperature", "alpha", "seed") if name in config},
+        dials=_dials(config, list(made.values())[-1].config),
         overrides=overrides,
     )
 
 
-def _name(target: str) -> str:
-    return check_target(target)
+def _dials(config: Mapping[str, Any], last: Mapping[str, Any]) -> dict[str, Any]:
+    """The dials as the run uses them: a temperature set inside a term beats the dial, two of them make it unsaid."""
+    dials = {name: config[name] for name in ("temperature", "alpha", "seed") if name in config}
+    losses = [term.get("loss", {}) for term in last.get("objective", {}).values() if isinstance(term, dict)]
+    used = {loss["temperature"] for loss in losses if isinstance(loss, dict) and "temperature" in loss}
+    if used:
+        dials["temperature"] = used.pop() if len(used) == 1 else None
+    return {name: value for name, value in dials.items() if value is not None}
 
 
 def _fit(node: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -116,7 +125,7 @@ def _with_digest(data: dict[str, Any], run: Run) -> dict[str, Any]:
     known = canonical(data), canonical([run.data_dir, run.store])
     if known not in _RESOLVED:
         root, cache = Path(run.data_dir).expanduser(), Path(run.store).expanduser() / "data"
-        source = instantiate({k: v for k, v in data.items() if k != "digest"}).resolved(root)
+        source = instantiate({k: v for k, v in data.items() if k != "digest"}, run.trusted, "data").resolved(root)
         found = source.content_digest(root, cache / "digests.json")
         whole = {f.name: getattr(source, f.name) for f in fields(source) if f.name != "digest"}
         _RESOLVED[known] = plain({"_target_": data["_target_"], **whole, "digest": found})

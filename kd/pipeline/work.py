@@ -8,16 +8,22 @@ from typing import Any
 from kd.pipeline.execute import check, execute
 from kd.pipeline.plan import Plan
 from kd.store import Store
-from kd.training.settings import Run
+from kd.training.settings import Run, require
 
 Tell = Callable[[dict[str, Any]], None]
 
 
 def run_job(plan: Plan, run: Run, sweep: str | None, threads: int | None, tell: Tell) -> list[str]:
-    """Execute one plan; returns the stages that were run."""
-    if threads:
+    """Execute one plan; returns the stages that were run.
+
+    Raises:
+        InputError: if ``threads`` is given and is no number of threads.
+        KDError: if a stage fails.
+    """
+    if threads is not None:
         import torch
 
+        require(type(threads) is int and threads > 0, "threads", threads, "a whole number, 1 or more")
         torch.set_num_threads(threads)
     return execute(plan, Store(run.store), run, tell, sweep)
 

@@ -182,10 +182,10 @@ def _brief(column: str, value: Any) -> str:
 
 
 def _width(cells: Sequence[Sequence[str]]) -> int:
-    """What a table needs: the longest cell of each column, its heading broken between words, and one space between."""
+    """What a table needs: the longest cell of each column, its heading broken between words, and two spaces between."""
     head, *body = cells
     widths = [max(map(len, (*name.split(), *column))) for name, *column in zip(head, *body, strict=True)]
-    return sum(widths) + max(len(widths) - 1, 0)
+    return sum(widths) + 2 * max(len(widths) - 1, 0)
 
 
 def markdown(rows: Sequence[Row], metrics: Sequence[str] = METRICS) -> str:
@@ -209,12 +209,22 @@ def markdown(rows: Sequence[Row], metrics: Sequence[str] = METRICS) -> str:
 def values(rows: Sequence[Row], metrics: Sequence[str] = METRICS) -> tuple[list[str], list[list[float | str | None]]]:
     """The same table as bare values, for a program: column names, then a number, a text or None for each cell.
 
+    A column is of one kind: one that holds a text anywhere (samples: 1000 and "all") is text throughout.
+
     >>> values([{"model": "a", "test/accuracy": 0.5}, {"model": "b", "test/accuracy": Spread(0.6, None, 1)}])
     (['model', 'test/accuracy'], [['a', 0.5], ['b', 0.6]])
     """
     columns, constants = layout(rows, metrics)
     columns = [*columns, *constants]
-    return columns, [[_bare(column, row.get(column)) for column in columns] for row in rows]
+    data = [[_bare(column, row.get(column)) for column in columns] for row in rows]
+    texts = {i for line in data for i, value in enumerate(line) if isinstance(value, str)}
+    return columns, [
+        [
+            cell(columns[i], value) if i in texts and isinstance(value, (int, float)) else value
+            for i, value in enumerate(line)
+        ]
+        for line in data
+    ]
 
 
 def _bare(column: str, value: Any) -> float | str | None:

@@ -13,9 +13,11 @@ from typing import Any
 
 PACKAGES = (
     "torch", "torchvision", "pytorch-lightning", "torchmetrics", "timm", "hydra-core", "omegaconf", "numpy",
-    "safetensors",
+    "safetensors", "pillow", "scikit-learn", "pyarrow",
 )  # fmt: skip
-NUMERIC = ("torch", "numpy", "timm", "cpu", "machine", "threads", "capability", "gpu", "cudnn", "deterministic")
+NUMERIC = (
+    "torch", "numpy", "timm", "cpu", "machine", "threads", "capability", "gpu", "cuda", "cudnn", "driver", "tf32",
+)  # fmt: skip
 
 
 @cache
@@ -59,6 +61,8 @@ def environment_print() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if gpu else None,
         "cuda": torch.version.cuda if gpu else None,
         "cudnn": torch.backends.cudnn.version() if gpu else None,  # type: ignore[no-untyped-call]
+        "driver": _driver() if gpu else None,
+        "tf32": torch.backends.cudnn.allow_tf32 if gpu else None,
         "lock": _lock(),
     }
 
@@ -78,6 +82,13 @@ def _processor() -> str:
     except OSError:
         pass
     return platform.processor() or os.uname().machine
+
+
+def _driver() -> str | None:
+    try:
+        return Path("/sys/module/nvidia/version").read_text().strip()
+    except OSError:
+        return None
 
 
 def _lock() -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from kd.errors import InputError, KDError
 from kd.stages.base import Room, Stage
 from kd.store import Artifact
-from kd.training.settings import Fit
+from kd.training.settings import HISTORY, Fit
 
 if TYPE_CHECKING:
     import torch
@@ -81,13 +82,18 @@ class SoftLabels:
         from safetensors.torch import save_file
 
         from kd.models import load
+        from kd.training.loggers import loggers, summarise
 
         splits = _load(self.data, room)
         teacher = load(inputs["teacher"].path)
         logits = _logits(teacher, splits.train, self.data, room)
         save_file({"ids": splits.train.ids.cpu(), "logits": logits.contiguous()}, out / LABELS)
         accuracy = (logits.argmax(1) == splits.train.targets.cpu()).to(torch.float64).mean().item()
-        return {"metrics": {"train/accuracy": accuracy}, "fingerprints": {"data": _data_print(self.data)}}
+        with loggers(
+            room.run, key=room.key, stage=room.stage, document=room.document, dials=room.dials, sweep=room.sweep
+        ) as sinks:
+            summarise(sinks, {"train/accuracy": accuracy}, 0)
+        return {"metrics": {"train/accuracy": accuracy}, "fingerprints": {"data": _data_print(self.data, room)}}
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,9 @@ class Distil:
         """Stored soft labels serve only logits of views that are the same in every epoch."""
         if "labels" not in inputs:
             return {}
+        heard = [term for term in config["objective"].values() if float(term.get("weight", 1)) != 0]
+        if not any(term.get("teacher") for term in heard):
+            return {"labels": "no term of a weight above 0 hears the teacher"}
         augment = config["data"].get("augment", "none")
         if augment != "none":
             return {"labels": f"data.augment={augment} makes a new view in each epoch, so the live teacher runs"}
@@ -155,19 +164,49 @@ def _load(data: Config, room: Room) -> Splits:
     """The splits; refused if their content is not what the key names."""
     from kd.instantiate import instantiate
 
-    source = instantiate({k: v for k, v in data.items() if k != "digest"}).resolved(room.data_dir)
+    source = instantiate({k: v for k, v in data.items() if k != "digest"}, room.run.trusted, "data").resolved(
+        room.data_dir
+    )
     found = source.content_digest(room.data_dir, room.data_cache / "digests.json")
     if data.get("digest") not in (None, found):
-        raise KDError(
+        raise InputError(
             f"the data set {data['name']} has changed: its content is {found[:16]}, the config names "
             f"{str(data['digest'])[:16]}; plan again, or put the old files back"
         )
     splits: Splits = source.load(room.data_dir, memory_bytes=int(room.run.memory_gb * 2**30), cache=room.data_cache)
+    if not len(splits.validation):
+        raise InputError(
+            "data.validation=0 leaves no validation sample, and test may choose nothing: give it 1 or more"
+        )
     return splits
 
 
-def _data_print(data: Config) -> dict[str, Any]:
-    return {"name": data["name"], "digest": data.get("digest")}
+def _data_print(data: Config, room: Room) -> dict[str, Any]:
+    """The data's fingerprint, taken again after they were used: only files that were touched meanwhile are read again.
+
+    Raises:
+        KDError: if the content is no longer what it was at the start. The checkpoint, which may have learnt from both,
+            is gone then.
+    """
+    from kd.instantiate import instantiate
+
+    try:
+        source = instantiate({k: v for k, v in data.items() if k != "digest"}, room.run.trusted, "data").resolved(
+            room.data_dir
+        )
+        found = source.content_digest(room.data_dir, room.data_cache / "digests.json")
+        said = f"its content is now {found[:16]}"
+    except InputError as error:
+        found, said = "", str(error)
+    if data.get("digest") not in (None, found):
+        for path in room.work.glob("*"):
+            if path.is_file():
+                path.unlink()
+        raise KDError(
+            f"the data set {data['name']} was {str(data['digest'])[:16]} when {room.stage or 'the stage'} began, and "
+            f"changed while it ran ({said}); nothing was stored: leave the files alone and run the same command again"
+        )
+    return {"name": data["name"], "digest": found}
 
 
 def _build(model: Config, data: Config, splits: Splits | None, seed: int, room: Room) -> Normalised:
@@ -188,6 +227,8 @@ def _objective(config: Config, room: Room) -> Objective:
     from kd.instantiate import instantiate
     from kd.objective import Objective
 
+    if "loss" in config:
+        raise InputError("a term cannot be called 'loss': that is the name of the sum in records and loggers")
     try:
         return Objective(instantiate(config, room.run.trusted))
     except (TypeError, ValueError) as error:
@@ -231,12 +272,12 @@ def _rehearse(
 ) -> Objective:
     """Everything a training builds, once, without training: what is wrong is found before the first stage starts."""
     from kd.training.optimisers import configure
-    from kd.training.trainer import device_of
+    from kd.training.trainer import check_precision
 
-    device_of(room.run)
-    configure(Fit(**fit), 1)
+    check_precision(Fit(**fit), room.run)
     terms = _objective(objective, room)
     student = _build(model, data, None, 0, room)
+    configure(Fit(**fit), 1)(list(student.parameters()))
     net = _build(teacher, data, None, 0, room) if isinstance(teacher, dict) else teacher
     _bind(terms, student, net, data)
     return terms
@@ -304,8 +345,10 @@ def _train(
             tell=room.tell,
             loggers=sinks,
         )
-        student = module.student.to(device_of(room.run))
+        # Shipped in float32, whatever it was trained in: what reads it builds float32 networks.
+        student = module.student.float().to(device_of(room.run))
         metrics = _evaluate(student, teacher, splits, data, room)
+        data_print = _data_print(data, room)
         student = student.cpu().eval()
         shape = (int(data["channels"]), int(data["size"]), int(data["size"]))
         costs = cost(student, shape, latency=room.run.latency)
@@ -318,14 +361,15 @@ def _train(
         "classes": list(splits.classes),
     }
     save(student, spec, out)
-    (room.work / "history.jsonl").replace(out / "history.jsonl")
+    # Copied: after a kill between here and the store, the next attempt finds it where the checkpoint is.
+    shutil.copyfile(room.work / HISTORY, out / HISTORY)
     return {
         "metrics": metrics,
         "cost": costs,
         "weights": weights_digest(student.net),
         "trace": {"losses": trace.losses, "epochs": trace.epochs, "selected_epoch": trace.selected_epoch},
         "resumed": trace.resumed,
-        "fingerprints": {"data": _data_print(data)},
+        "fingerprints": {"data": data_print},
     }
 
 

@@ -87,6 +87,28 @@ def without_neutral(config: Mapping[str, Any], since: Mapping[str, Any]) -> dict
     return result
 
 
+def with_neutral(config: Mapping[str, Any], since: Mapping[str, Any]) -> dict[str, Any]:
+    """`without_neutral` undone: a field that a document leaves out has its frozen neutral value, not today's default.
+
+    >>> with_neutral({"fit": {"epochs": 3}}, {"fit.ema": None})
+    {'fit': {'epochs': 3, 'ema': None}}
+    """
+    result = dict(config)
+    for path, neutral in since.items():
+        *parents, last = path.split(".")
+        result = _fill(result, parents, last, neutral)
+    return result
+
+
+def _fill(node: dict[str, Any], parents: list[str], last: str, neutral: Any) -> dict[str, Any]:
+    if parents:
+        child = node.get(parents[0])
+        if not isinstance(child, Mapping):
+            return node
+        return {**node, parents[0]: _fill(dict(child), parents[1:], last, neutral)}
+    return node if last in node else {**node, last: neutral}
+
+
 def _drop(node: dict[str, Any], parents: list[str], last: str, neutral: str) -> dict[str, Any]:
     if parents:
         child = node.get(parents[0])

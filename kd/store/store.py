@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +24,7 @@ from kd.errors import InputError, KDError
 from kd.store.keys import SHOWN, canonical, digest, short
 
 CARD = "card.json"
+_KEY = re.compile(rf"[0-9a-f]{{{SHOWN},64}}")
 
 
 def sha256_file(path: Path) -> str:
@@ -78,12 +80,20 @@ class Store:
         self._sound: dict[str, tuple[tuple[int, int], ...]] = {}
 
     def folder(self, key: str) -> Path:
-        """Where the finished artifact of ``key`` stands."""
-        return self.root / "artifacts" / key[:SHOWN]
+        """Where the finished artifact of ``key`` stands.
+
+        Raises:
+            InputError: if it is no key: one may come from a stranger's card, and becomes a path.
+        """
+        return self.root / "artifacts" / _shown(key)
 
     def work(self, key: str) -> Path:
-        """Where the artifact of ``key`` is being made."""
-        return self.root / "work" / key[:SHOWN]
+        """Where the artifact of ``key`` is being made.
+
+        Raises:
+            InputError: as `folder`.
+        """
+        return self.root / "work" / _shown(key)
 
     def get(self, key: str) -> Artifact | None:
         """The artifact of ``key``, or None where there is none or it is damaged.
@@ -99,16 +109,27 @@ class Store:
         return None if self.damage(artifact) else artifact
 
     def read(self, folder: Path) -> Artifact | None:
-        """The artifact in a folder, unchecked; None if there is no readable card."""
+        """The artifact in a folder, its files unchecked; None if there is no card that can be read.
+
+        A card is a stranger's data: one whose key is not its folder's, or that lists files outside its folder, is none.
+        """
         try:
             card = json.loads((folder / CARD).read_text())
-            return Artifact(card["key"], folder, card)
-        except (OSError, ValueError, KeyError, TypeError):
+            key, files, inputs = card["key"], card["files"], card["document"]["inputs"]
+            sound = _KEY.fullmatch(key) and key[:SHOWN] == folder.name and isinstance(inputs, dict)
+            listed = all(_inside(name) and isinstance(entry["sha256"], str) for name, entry in files.items())
+            return Artifact(key, folder, card) if sound and listed else None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
 
     def damage(self, artifact: Artifact) -> str | None:
         """What is wrong with an artifact's files, in words, or None if each matches its checksum."""
-        files = artifact.card.get("files", {})
+        files = artifact.card["files"]
+        try:
+            if digest(artifact.card["document"]) != artifact.key:
+                return "its recorded config is not what its key names"
+        except InputError as error:
+            return str(error)
         try:
             found = [(artifact.path / name).stat() for name in files]
         except OSError as error:
@@ -132,7 +153,7 @@ class Store:
 
     def quarantine(self, key: str) -> Path:
         """Move a damaged artifact aside, so that it can be made again and the old one still be looked at."""
-        target = self.root / "corrupt" / f"{short(key)}-{time.time_ns()}"
+        target = self.root / "corrupt" / f"{_shown(key)}-{time.time_ns()}"
         target.parent.mkdir(parents=True, exist_ok=True)
         self.folder(key).rename(target)
         return target
@@ -173,7 +194,7 @@ class Store:
 
         ``waiting`` is called once with a description of the holder if someone else has it.
         """
-        path = self.root / "locks" / key[:SHOWN]
+        path = self.root / "locks" / _shown(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a+") as file:
             try:
@@ -193,7 +214,7 @@ class Store:
 
     def locked(self, key: str) -> bool:
         """Whether some process is making ``key`` right now."""
-        path = self.root / "locks" / key[:SHOWN]
+        path = self.root / "locks" / _shown(key)
         if not path.exists():
             return False
         with path.open("a+") as file:
@@ -236,7 +257,7 @@ class Store:
 
     def remove(self, key: str) -> None:
         """Delete an artifact: first renamed away, so that no half of it is ever found."""
-        doomed = self.root / "work" / f"removed-{short(key)}-{time.time_ns()}"
+        doomed = self.root / "work" / f"removed-{_shown(key)}-{time.time_ns()}"
         doomed.parent.mkdir(parents=True, exist_ok=True)
         self.folder(key).rename(doomed)
         shutil.rmtree(doomed)
@@ -244,16 +265,31 @@ class Store:
 
     def users(self, key: str) -> list[Artifact]:
         """The artifacts that have ``key`` among their inputs."""
-        return [a for a in self if key in a.card.get("document", {}).get("inputs", {}).values()]
+        return [a for a in self if key in a.card["document"]["inputs"].values()]
 
     def sweeps(self) -> list[dict[str, Any]]:
-        """The records of all sweeps, oldest first."""
+        """The records of all sweeps, oldest first; one whose id is not its file's name is left out."""
         base = self.root / "sweeps"
         records = []
         for path in sorted(base.glob("*.json")) if base.is_dir() else ():
-            with contextlib.suppress(OSError, ValueError):
-                records.append(json.loads(path.read_text()))
+            with contextlib.suppress(OSError, ValueError, RecursionError):
+                record = json.loads(path.read_text())
+                # An id names a report's file too, so it may not lead elsewhere.
+                if isinstance(record, dict) and _KEY.fullmatch(path.stem) and record.get("id") == path.stem:
+                    records.append(record)
         return sorted(records, key=lambda record: str(record.get("started", "")))
+
+
+def _shown(key: str) -> str:
+    """The part of a key that names its folders."""
+    if not isinstance(key, str) or not _KEY.fullmatch(key):
+        raise InputError(f"{str(key)[:40]!r} is no key: 64 hexadecimal digits were meant")
+    return key[:SHOWN]
+
+
+def _inside(name: str) -> bool:
+    """Whether a file's name stays in its artifact's folder."""
+    return name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
 
 
 def _sync(path: Path) -> None:

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from kd.errors import KDError
 from kd.models import weights_digest
+from kd.store import write_text
 from kd.training.module import Distiller
 from kd.training.seeds import seed_step
-from kd.training.settings import Fit
+from kd.training.settings import CHECKPOINT, HISTORY, Fit
 
 FIRST = 10  # losses recorded one by one, so that an early divergence tells where
-CHECKPOINT = "last.ckpt"
-HISTORY = "history.jsonl"
+_MEND = "the last good checkpoint is kept. Lower fit.lr, set fit.clip=1, or raise the temperature"
 
 
 def _distiller(module: pl.LightningModule) -> Distiller:
@@ -56,6 +56,7 @@ class Recorder(pl.Callback):
         self.resumed: list[int] = []
         self.sums: dict[str, Tensor] = {}
         self.count = 0
+        self.sound = 0  # the last step at which all was seen to be finite
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data and numbers only: a checkpoint is loaded without pickle."""
@@ -78,6 +79,7 @@ class Recorder(pl.Callback):
         """Drop the lines that a killed run wrote after its last checkpoint."""
         if trainer.global_step:
             self.resumed.append(trainer.global_step)
+        self.sound = trainer.global_step
         kept = []
         for line in self.path.read_text().splitlines() if self.path.exists() else ():
             try:
@@ -85,7 +87,7 @@ class Recorder(pl.Callback):
                     kept.append(line)
             except (ValueError, KeyError):
                 break  # a line the kill cut short
-        self.path.write_text("".join(f"{line}\n" for line in kept))
+        write_text(self.path, "".join(f"{line}\n" for line in kept))  # whole: the next kill may come now
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Ask for the gradient norm of each term where a log line is due."""
@@ -105,9 +107,10 @@ class Recorder(pl.Callback):
                 self.sums[name] = value.detach().double()
         self.count += 1
         due = self._due(step)
-        # On the CPU reading a number is free; on a GPU it would make each step wait, so there only where one is due.
-        if (due or total.device.type == "cpu" or step <= FIRST) and not bool(torch.isfinite(total)):
-            self._not_finite(trainer, module, step)
+        # On the CPU reading a number is free; on a GPU it would make each step wait, so there only where one is due,
+        # and before validation. The sum of an epoch stays not finite once a step was.
+        if due or total.device.type == "cpu" or step <= FIRST or trainer.is_last_batch:
+            self.check_losses(module, step)
         if step <= FIRST:
             self.losses.append(total.item())
         if due:
@@ -116,20 +119,40 @@ class Recorder(pl.Callback):
             row |= {"lr": trainer.optimizers[0].param_groups[0]["lr"], "epoch": (step - 1) // self.steps_per_epoch}
             self.write(trainer, step, row)
 
-    def _not_finite(self, trainer: pl.Trainer, module: Distiller, step: int) -> None:
-        bad = [name for name, part in module.parts.items() if not bool(torch.isfinite(part))]
+    def check_losses(self, module: Distiller, step: int) -> None:
+        """Look whether each loss of this epoch was finite, up to ``step``.
+
+        Raises:
+            KDError: naming the step and the terms.
+        """
+        if not self.sums or bool(torch.isfinite(self.sums["loss"])):
+            self.sound = step
+            return
+        bad = [name for name in module.parts if not bool(torch.isfinite(self.sums[name]))]
         named = f"term {' and '.join(map(repr, bad))} is" if bad else "the weighted sum of the terms is"
-        raise KDError(
-            f"step {step}: {named} not finite ({', '.join(f'{n}={p.item():.4g}' for n, p in module.parts.items())}); "
-            "the last good checkpoint is kept. Lower fit.lr, set fit.clip=1, or raise the temperature"
-        )
+        now = ", ".join(f"{name}={part.item():.4g}" for name, part in module.parts.items())
+        raise KDError(f"{self._when(step)}: {named} not finite ({now}); {_MEND}")
+
+    def check_weights(self, module: Distiller, step: int) -> None:
+        """Look whether losses, weights and statistics are finite: a step's gradient can spoil them unseen by its loss.
+
+        Raises:
+            KDError: naming the step and the term or the weight.
+        """
+        self.check_losses(module, step)
+        state = {**module.student.net.state_dict(), **module.objective.state_dict()}
+        wrong = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+        if wrong:
+            raise KDError(f"step {step}: after it {wrong[0]} is not finite, though the loss was; {_MEND}")
+
+    def _when(self, step: int) -> str:
+        return f"step {step}" if self.sound >= step - 1 else f"a step from {self.sound + 1} to {step}"
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Close the epoch: means, validation metrics, weights digest."""
         module, step = _distiller(pl_module), trainer.global_step
+        self.check_losses(module, step)
         means = {f"train/{name}": value.item() / self.count for name, value in self.sums.items()}
-        if not all(map(_finite, means.values())):
-            self._not_finite(trainer, module, step)
         valid = {f"val/{n}": v for n, v in module.validation.items() if isinstance(v, (int, float))}
         lr = trainer.optimizers[0].param_groups[0]["lr"]
         epoch = {"epoch": trainer.current_epoch, "step": step, "lr": lr, **means, **valid}
@@ -144,10 +167,6 @@ class Recorder(pl.Callback):
             file.write(json.dumps({"step": step, **row}) + "\n")
         for logger in trainer.loggers:
             logger.log_metrics({k: v for k, v in row.items() if k != "step"}, step=step)
-
-
-def _finite(value: float) -> bool:
-    return value == value and abs(value) != float("inf")
 
 
 class Selection(pl.Callback):
@@ -168,6 +187,13 @@ class Selection(pl.Callback):
         """Take the best so far from the checkpoint."""
         self.best, self.epoch, self.weights = state_dict["best"], state_dict["epoch"], state_dict["weights"]
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop at once if patience had ended when the checkpoint was written: Lightning keeps no note of it."""
+        trainer.should_stop = self._patience_ended(trainer.current_epoch - 1)
+
+    def _patience_ended(self, epoch: int) -> bool:
+        return self.fit.patience is not None and self.best is not None and epoch - self.epoch >= self.fit.patience
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Compare this epoch's validation accuracy with the best."""
         module = _distiller(pl_module)
@@ -178,7 +204,7 @@ class Selection(pl.Callback):
             self.best, self.epoch = score, trainer.current_epoch
             if self.fit.select == "best":
                 self.weights = {k: v.detach().cpu().clone() for k, v in module.student.net.state_dict().items()}
-        if self.fit.patience is not None and trainer.current_epoch - self.epoch >= self.fit.patience:
+        if self._patience_ended(trainer.current_epoch):
             trainer.should_stop = True
 
     def restore(self, module: Distiller) -> None:
@@ -188,29 +214,31 @@ class Selection(pl.Callback):
 
 
 class Checkpoint(pl.Callback):
-    """Write `last.ckpt` every so many seconds and at each epoch's end, whole or not at all.
+    """Write `last.ckpt` every so many seconds and at each epoch's end, whole or not at all, and only of finite weights.
 
     Never at an epoch's last batch: Lightning would resume after the validation that had not run yet.
     """
 
-    def __init__(self, folder: Path, seconds: float) -> None:
-        """Write into ``folder``."""
+    def __init__(self, folder: Path, seconds: float, recorder: Recorder) -> None:
+        """Write into ``folder`` what ``recorder`` finds sound."""
         self.path, self.seconds, self.last = folder / CHECKPOINT, seconds, time.monotonic()
+        self.recorder = recorder
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Write if it is time."""
         if time.monotonic() - self.last >= self.seconds and not trainer.is_last_batch:
-            self.write(trainer)
+            self.write(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write at the epoch's end if it is time, or the epoch was long enough to be worth it."""
         if time.monotonic() - self.last >= min(self.seconds, 5.0):
-            self.write(trainer)
+            self.write(trainer, pl_module)
 
-    def write(self, trainer: pl.Trainer) -> None:
+    def write(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write beside, then rename."""
+        self.recorder.check_weights(_distiller(pl_module), trainer.global_step)
         temporary = self.path.with_suffix(".tmp")
         trainer.save_checkpoint(temporary)
         temporary.replace(self.path)

@@ -9,6 +9,7 @@ from typing import Any
 
 from pytorch_lightning.loggers import Logger
 
+from kd.errors import InputError
 from kd.instantiate import instantiate
 from kd.store import short
 from kd.training.settings import Run
@@ -29,6 +30,9 @@ def loggers(
     """Open a stage's loggers, and close them with the exit code of what happened between.
 
     W&B's runs of all jobs lie in ``<store>/wandb``, so that one local view shows a sweep.
+
+    Raises:
+        InputError: if a logger's package is not installed.
     """
     folder = Path(run.store).expanduser().absolute()
     with contextlib.ExitStack() as stack:
@@ -47,9 +51,19 @@ def loggers(
             )
             found.append(stack.enter_context(wandb))
         for name, node in run.logger.items():
-            logger = instantiate(
-                node, run.trusted, save_dir=str(folder / "loggers" / name), name=stage, version=short(key)
-            )
+            try:
+                logger = instantiate(
+                    node,
+                    [*run.trusted, "pytorch_lightning.loggers"],
+                    save_dir=str(folder / "loggers" / name),
+                    name=stage,
+                    version=short(key),
+                )
+            except ModuleNotFoundError as error:
+                raise InputError(
+                    f"run/logger={name} needs a package that is not here ({' '.join(str(error).split())}); "
+                    "for tensorboard: pip install 'kd[tensorboard]'"
+                ) from error
             stack.callback(logger.finalize, "finished")
             found.append(logger)
         yield found

@@ -89,10 +89,9 @@ class Distiller(pl.LightningModule):
         for name, part in self.parts.items():
             if part.requires_grad:
                 found = torch.autograd.grad(part, trained, retain_graph=True, allow_unused=True)
+                each = [torch.linalg.vector_norm(g) for g in found if g is not None]
                 weight = abs(self.objective.terms[name].weight)
-                norms[name] = weight * torch.linalg.vector_norm(
-                    torch.stack([torch.linalg.vector_norm(g) for g in found if g is not None])
-                )
+                norms[name] = weight * torch.linalg.vector_norm(torch.stack(each)) if each else torch.zeros(())
         return norms
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

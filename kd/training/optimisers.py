@@ -37,16 +37,23 @@ def configure(fit: Fit, steps_per_epoch: int) -> Callable[[list[torch.nn.Paramet
     """What the module calls with its trainable parameters, in Lightning's form.
 
     Raises:
-        InputError: if the optimiser is none of torch's, or has no such field.
+        InputError: if the optimiser is none of torch's, or has no such field; when called, if it refuses a value.
     """
-    if not str(fit.optimiser.get("_target_", "")).startswith("torch.optim."):
-        raise InputError(f"fit.optimiser._target_={fit.optimiser.get('_target_')!r} is no torch.optim class")
+    target = str(fit.optimiser.get("_target_", ""))
+    if not target.startswith("torch.optim."):
+        raise InputError(f"fit.optimiser._target_={target!r} is no optimiser of torch.optim, e.g. torch.optim.AdamW")
+    kind = resolve(target)
+    for name in ("lr", "params"):
+        if name in fit.optimiser:
+            raise InputError(f"fit.optimiser.{name} stands elsewhere: " + ("set fit.lr" if name == "lr" else "drop it"))
     signature_errors(fit.optimiser, "fit.optimiser", late=("params", "lr"))
     keywords = {key: value for key, value in fit.optimiser.items() if key != "_target_"}
-    kind = resolve(fit.optimiser["_target_"])
 
     def build(parameters: list[torch.nn.Parameter]) -> dict[str, Any]:
-        optimiser = kind(parameters, lr=fit.lr, **keywords)
+        try:
+            optimiser = kind(parameters, lr=fit.lr, **keywords)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"fit.optimiser: {target} refuses {keywords}: {error}") from error
         schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, scale(fit, steps_per_epoch))
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

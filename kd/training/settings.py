@@ -11,6 +11,7 @@ from kd.errors import InputError, nearest
 
 SCHEDULES = ("constant", "cosine", "step")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
+CHECKPOINT, HISTORY = "last.ckpt", "history.jsonl"  # what a training keeps in its work folder
 WANDB = ("auto", "online", "offline", "disabled")
 
 
@@ -108,6 +109,8 @@ class Fit:
         require(self.samples is None or self.samples >= 1, "fit.samples", self.samples, "1 or more, or null for all")
         require(self.patience is None or self.patience >= 1, "fit.patience", self.patience, "1 or more epochs, or null")
         one_of("fit.schedule", self.schedule, SCHEDULES)
+        rising = all(type(m) is int and m > 0 for m in self.milestones) and self.milestones == sorted(self.milestones)
+        require(rising, "fit.milestones", self.milestones, "whole epochs in rising order, e.g. [15,18]")
         one_of("fit.select", self.select, ("last", "best"))
         one_of("fit.precision", self.precision, PRECISIONS)
 

@@ -172,7 +172,8 @@ def one_line(error: BaseException) -> str:
     >>> one_line(ValueError("a\n  b"))
     'ValueError: a b'
     """
-    return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
+    return text if len(text) <= 200 else f"{text[:199]}…"
 
 
 def log_sweep(

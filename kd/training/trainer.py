@@ -19,10 +19,10 @@ from pytorch_lightning.profilers import PassThroughProfiler
 
 from kd.data import Split
 from kd.errors import InputError
-from kd.training.callbacks import CHECKPOINT, Checkpoint, Progress, Recorder, Reseed, Selection, Together
+from kd.training.callbacks import Checkpoint, Progress, Recorder, Reseed, Selection, Together
 from kd.training.loaders import EpochLoader
 from kd.training.module import Distiller
-from kd.training.settings import Fit, Run
+from kd.training.settings import CHECKPOINT, Fit, Run
 
 EVALUATION_BATCH = 512
 
@@ -49,6 +49,16 @@ def device_of(run: Run) -> torch.device:
     return torch.device("cuda" if run.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def check_precision(fit: Fit, run: Run) -> None:
+    """Refuse a precision that the device has not.
+
+    Raises:
+        InputError: for float16 on the CPU, where Lightning would train in another precision than the key names.
+    """
+    if fit.precision == "16-mixed" and device_of(run).type == "cpu":
+        raise InputError("fit.precision=16-mixed needs a GPU; on the CPU use bf16-mixed or 32-true")
+
+
 def evaluation_loader(split: Split, size: int, run: Run) -> EpochLoader:
     """All of a split in its own order, unaugmented."""
     return EpochLoader(split, EVALUATION_BATCH, size=size, device=device_of(run), workers=run.workers)
@@ -71,14 +81,20 @@ def train(
     """Train ``module`` on (train, validation) under ``fit``; resumes from ``work`` if a checkpoint lies there.
 
     Raises:
-        InputError: if the split is smaller than a batch.
+        InputError: if the split is smaller than a batch, or the device has not the precision.
         KDError: if the loss is not finite.
     """
+    check_precision(fit, run)
     train_split, validation = data
     if len(train_split) < fit.batch_size and fit.drop_last:
         raise InputError(
             f"fit.batch_size={fit.batch_size} is larger than the {len(train_split)} training samples; "
             "lower it, or set fit.drop_last=false"
+        )
+    if not fit.drop_last and len(train_split) % fit.batch_size == 1 and _normalises(module):
+        raise InputError(
+            f"fit.batch_size={fit.batch_size} leaves a last batch of one sample, which batch normalisation cannot "
+            "learn from; change it by one, or set fit.drop_last=true"
         )
     trainer: pl.Trainer
     loader = EpochLoader(
@@ -126,7 +142,7 @@ def train(
                         recorder,
                         selection,
                         Progress(tell, fit.epochs * len(loader)),
-                        Checkpoint(work, run.checkpoint_seconds),
+                        Checkpoint(work, run.checkpoint_seconds, recorder),
                         *watching,
                     ]
                 )
@@ -140,6 +156,8 @@ def train(
             evaluation_loader(validation, size, run),
             ckpt_path=str(work / CHECKPOINT) if resumed is not None else None,
         )
+    if resumed is not None and recorder.resumed[-1:] != [resumed]:
+        recorder.resumed.append(resumed)  # nothing was left to train, so the recorder was not called
     selection.restore(module)
     tell({"event": "trained", "seconds": time.monotonic() - started})
     return Trace(
@@ -164,6 +182,10 @@ def resumable(work: Path, tell: Callable[[dict[str, Any]], None]) -> int | None:
         return None
     tell({"event": "say", "line": f"resuming from step {step}"})
     return step
+
+
+def _normalises(module: torch.nn.Module) -> bool:
+    return any(isinstance(part, torch.nn.modules.batchnorm._BatchNorm) for part in module.modules())
 
 
 class _Unprofiled(PassThroughProfiler):
@@ -191,6 +213,7 @@ class quiet(warnings.catch_warnings):
             r".*GPU available but not used.*",
             r".*resuming from a checkpoint that ended before the epoch ended.*",  # the loader skips by itself
             r".*is smaller than the logging interval.*",
+            r".*Experiment logs directory.*",  # of the attempt that was killed; the record in the store is whole
             r".*treespec, LeafSpec.*",
             r".*`isinstance\(treespec.*",
             r".*IterableDataset.*__len__.*",

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
 from kd.config import jobs
 from kd.pipeline.execute import execute
 from kd.pipeline.plan import Plan, plan
+from kd.pipeline.work import run_job
 from kd.store import Store
 from kd.training.settings import Run
 
@@ -37,24 +39,27 @@ def made(store: Path, *words: str) -> tuple[list[str], dict[str, Any]]:
 
 def kill_at(moment: str, at: int, one: Plan, run: Run, tell: Any) -> None:
     """Run a plan and die by SIGKILL when the student's training reaches a moment for the ``at``-th time."""
+    from kd.stages import image
     from kd.training.callbacks import Checkpoint, Recorder
     from kd.training.module import Distiller
 
-    where = {
+    where: dict[str, tuple[Any, str]] = {
         "step": (Checkpoint, "on_train_batch_end"),
         "before the checkpoint of an epoch's end": (Checkpoint, "on_train_epoch_end"),
         "after the epoch's record": (Recorder, "on_train_epoch_end"),
         "validation": (Distiller, "validation_step"),
         "the first checkpoint's writing": (Checkpoint, "write"),
+        "evaluation": (image, "_evaluate"),
+        "storing": (Store, "put"),
     }
     owner, name = where[moment]
     inner, count = getattr(owner, name), [0]
 
-    def die(self: Any, *arguments: Any, **keywords: Any) -> Any:
+    def die(*arguments: Any, **keywords: Any) -> Any:
         count[0] += 1
         if count[0] == at:
             os.kill(os.getpid(), signal.SIGKILL)
-        return inner(self, *arguments, **keywords)
+        return inner(*arguments, **keywords)
 
     setattr(owner, name, die)
     execute(one, Store(run.store), run)
@@ -80,7 +85,24 @@ def vanishes(tell: Any) -> None:
     os._exit(5)
 
 
+def imports(words: list[str], tell: Any) -> list[str]:
+    """A job that trains; the modules of kd that it had to import by itself."""
+    before = set(sys.modules)
+    store = Path(next(word for word in words if word.startswith("run.store=")).partition("=")[2])
+    one, run = planned(store, *words)
+    execute(one, Store(store), run, tell)
+    # A job gets its plan from its parent, who composes it.
+    return sorted(name for name in set(sys.modules) - before if name.startswith("kd.") and name != "kd.config")
+
+
 def tells(number: int, tell: Any) -> int:
     """A job that speaks and returns."""
     tell({"event": "say", "line": f"got {number}"})
     return number + 1
+
+
+def killed_for_seed_7(one: Plan, run: Run, sweep: str | None, threads: int | None, tell: Any) -> list[str]:
+    """`run_job`, but the job with seed 7 is killed as the kernel would do it."""
+    if one.dials["seed"] == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return run_job(one, run, sweep, threads, tell)

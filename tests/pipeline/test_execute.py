@@ -78,7 +78,7 @@ MOMENTS = [
 
 @pytest.mark.parametrize(("moment", "at"), MOMENTS)
 def test_killed_and_resumed_the_bits_are_the_same(moment, at, tmp_path, straight):
-    made(tmp_path, "alpha=0")  # the shared stages, so that the kill hits the student
+    made(tmp_path, "alpha=0.5")  # the shared stages, so that the kill hits the student
     one, run = planned(tmp_path, "run.checkpoint_seconds=0")
     ended = call(kill_at, moment, at, one, run)
     assert "SIGKILL" in ended["error"]
@@ -94,7 +94,7 @@ def test_killed_and_resumed_the_bits_are_the_same(moment, at, tmp_path, straight
 
 
 def test_a_checkpoint_of_the_epochs_end_resumes_too(tmp_path, straight):
-    made(tmp_path, "alpha=0")
+    made(tmp_path, "alpha=0.5")
     one, run = planned(tmp_path, "run.checkpoint_seconds=0")
     call(kill_at, "step", 5, one, run)
     checkpoint = torch.load(Store(tmp_path).work(one.key) / "last.ckpt", weights_only=True)
@@ -119,7 +119,7 @@ def test_alpha_1_does_not_hear_the_labels(tmp_path, monkeypatch):
     def shuffled(self, batch):
         return views(self, {**batch, "target": batch["target"].flip(0)}) if self.training else views(self, batch)
 
-    made(tmp_path / "b", "alpha=0")
+    made(tmp_path / "b", "alpha=0.3")
     monkeypatch.setattr(module.Distiller, "views", shuffled)
     assert made(tmp_path / "b", "alpha=1")[1]["weights"] == truth["weights"]
     assert made(tmp_path / "b", "alpha=0.5")[1]["weights"] != half["weights"]
@@ -139,7 +139,7 @@ def test_stored_soft_labels_equal_the_live_teacher(tmp_path, monkeypatch):
 def test_a_hint_trains_its_projection_resumes_and_ships_the_student_alone(tmp_path):
     words = ("loss=[ce,kd,hint]", "loss.hint.student=student.conv2", "loss.hint.teacher=teacher.conv2")
     straight = made(tmp_path / "a", *words)[1]
-    made(tmp_path / "b", "alpha=0")
+    made(tmp_path / "b", "alpha=0.3")
     one, run = planned(tmp_path / "b", *words, "run.checkpoint_seconds=0")
     call(kill_at, "step", 7, one, run)
     checkpoint = torch.load(Store(tmp_path / "b").work(one.key) / "last.ckpt", weights_only=True)
@@ -171,10 +171,10 @@ def test_a_poisoned_checkpoint_is_refused_unread_and_training_starts_over(tmp_pa
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "owned"),)
 
-    made(tmp_path, "alpha=0")
+    made(tmp_path, "alpha=0.3")
     one, run = planned(tmp_path)
+    call(kill_at, "step", 2, one, run)
     work = Store(tmp_path).work(one.key)
-    work.mkdir(parents=True)
     torch.save({"global_step": 3, "callbacks": Poison()}, work / "last.ckpt")
     said: list[str] = []
     execute(one, Store(tmp_path), run, lambda e: said.append(e["line"]) if e["event"] == "say" else None)
@@ -186,7 +186,7 @@ def test_a_poisoned_checkpoint_is_refused_unread_and_training_starts_over(tmp_pa
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
-    made(tmp_path, "alpha=0")
+    made(tmp_path, "alpha=0.3")
     before = sorted(p.name for p in (tmp_path / "artifacts").iterdir())
     one, run = planned(tmp_path)
 
@@ -202,7 +202,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_term_and_keeps_the_checkpoint(tmp_path):
-    made(tmp_path, "alpha=0")
+    made(tmp_path, "alpha=0.3")
     words = ("fit.lr=1e30", "fit.optimiser._target_=torch.optim.SGD", "run.checkpoint_seconds=0")
     one, run = planned(tmp_path, *words)
     with pytest.raises(KDError, match=r"step \d+: term .*(kd|ce).* not finite .*good checkpoint is kept"):

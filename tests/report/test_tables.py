@@ -110,6 +110,15 @@ def test_many_rows_lose_the_least_asked_for_columns_by_name():
         assert shown in line and cell("test/accuracy", row["test/accuracy"]) in line
 
 
+def test_a_column_of_numbers_and_a_word_is_text_throughout():
+    rows = [
+        {"model": "a", "samples": 1000, "test/accuracy": 0.5},
+        {"model": "a", "samples": "all", "test/accuracy": 0.6},
+    ]
+    columns, data = values(rows)
+    assert [line[columns.index("samples")] for line in data] == ["1,000", "all"]
+
+
 def test_values_are_one_kind_a_column_and_hold_what_is_the_same_too():
     columns, data = values(over_seeds(collect(family((4,), (0.9,), (0, 1)))))
     made = [dict(zip(columns, line, strict=True)) for line in data]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,8 +50,18 @@ def run_folders(folder: Path) -> dict[str, Path]:
     return {path.name.rpartition("-")[2]: path for path in sorted((folder / "wandb").glob("offline-run-*"))}
 
 
-def read(folder: Path) -> dict[str, Any]:
-    """What one run folder holds: run, config, history, summary, exit code."""
+def read(folder: Path, patience: float = 20.0) -> dict[str, Any]:
+    """What one run folder holds: run, config, history, summary, exit code.
+
+    W&B's own process may write the file's end a moment after `finish` has returned; an ended run is waited for.
+    """
+    until = time.monotonic() + patience
+    while (found := _read(folder))["exit"] is None and time.monotonic() < until:
+        time.sleep(0.1)
+    return found
+
+
+def _read(folder: Path) -> dict[str, Any]:
     [path] = folder.glob("*.wandb")
     found: dict[str, Any] = {"history": [], "summary": {}, "config": {}, "exit": None}
     for record in records(path):

@@ -1,0 +1,73 @@
+"""What can be composed, with one line each."""
+
+from __future__ import annotations
+
+import pytest
+
+from kd.config import conf_dir
+from kd.errors import InputError
+from kd.listing import GROUPS, KINDS, listing
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_option_of_a_group_is_listed_with_a_line(group):
+    rows = listing(group)
+    folder = conf_dir().parent / group if group == "experiments" else conf_dir() / group
+    assert len(rows) == len(list(folder.rglob("*.yaml"))) > 0
+    assert all(len(row["about"]) > 10 and "@package" not in row["about"] for row in rows)
+
+
+def test_a_loss_is_listed_with_what_it_reads_and_weighs():
+    rows = {row["name"]: row for row in listing("loss")}
+    assert rows["ce"]["weight"] == "1 - alpha" and rows["ce"]["views"] == "student.logits, batch.target"
+    assert rows["kd"]["weight"] == "alpha" and rows["kd"]["family"] == "logits"
+    assert rows["hint"]["views"] == "student.<layer>, teacher.<layer>"
+
+
+def test_the_options_of_an_inner_group_are_listed_by_their_path():
+    assert [row["name"] for row in listing("run")] == ["local", "logger/csv", "logger/tensorboard"]
+
+
+def test_our_models_are_listed_and_how_to_see_the_others():
+    rows = listing("model")
+    assert [row["name"] for row in rows] == ["seed_cnn", "seed_cnn_small", "…"]
+    assert "93,322" in rows[0]["about"] and "kd list model 'resnet*'" in rows[-1]["about"]
+
+
+def test_a_pattern_chooses_models_and_says_which_have_weights():
+    rows = {row["name"]: row for row in listing("model", "*net18*")}
+    assert rows["resnet18"] == {"name": "resnet18", "from": "timm", "weights": "pretrained"}
+    ours = listing("model", "seed_cnn*")
+    assert [(row["name"], row["from"], row["weights"]) for row in ours] == [
+        ("seed_cnn", "kd", ""),
+        ("seed_cnn_small", "kd", ""),
+    ]
+    with pytest.raises(InputError, match=r"no model fits 'resnet81\*'; did you mean 'resnet18'"):
+        listing("model", "resnet81*")
+
+
+def test_every_stage_is_listed_with_its_version():
+    rows = {row["name"]: row for row in listing("stage")}
+    assert {"kd.stages.Train", "kd.stages.SoftLabels", "kd.stages.Distil"} <= set(rows)
+    assert all(row["version"] >= 1 and row["about"].endswith(".") for row in rows.values())
+
+
+def test_the_layers_of_a_network_are_listed_by_the_path_a_term_reads():
+    rows = listing("layers", "seed_cnn_small")
+    assert rows[0] == {"path": "(image)", "layer": "", "shape": "1x28x28"}
+    assert {"path": "conv3", "layer": "Sequential", "shape": "16x3x3"} in rows
+    colour = listing("layers", "mobilenetv3_small_050")
+    assert colour[0]["shape"] == "3x224x224" and {"path": "classifier", "layer": "Linear", "shape": "10"} in colour
+
+
+def test_a_network_that_is_none_is_refused_with_the_nearest_name():
+    with pytest.raises(InputError, match=r"there is no model 'resnet81'; did you mean 'resnet18'"):
+        listing("layers", "resnet81")
+    with pytest.raises(InputError, match=r"name a network, e\.g\. kd list layers resnet18"):
+        listing("layers")
+
+
+def test_a_kind_that_is_none_is_refused_with_the_nearest_name():
+    with pytest.raises(InputError, match=r"'losss' is none of .*; did you mean 'loss'"):
+        listing("losss")
+    assert "layers" in KINDS

@@ -1,0 +1,151 @@
+"""The one module: what it optimises, hears, keeps and leaves out."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from kd.losses.feature import Hint
+from kd.losses.logits import CrossEntropy
+from kd.models import Frozen, Normalised, create
+from kd.objective import Objective, Term
+from kd.training.module import Distiller
+from kd.training.optimisers import configure
+from kd.training.settings import Fit
+from tests.training.tiny import label_term, net, teacher_term
+
+
+def distiller(terms, student=None, **more) -> Distiller:
+    return Distiller(student or net(), Objective(terms), configure(Fit(), 1), **more)
+
+
+def batch(count=4):
+    images = torch.rand(count, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    return {"image": images, "target": torch.arange(count) % 3, "row": torch.arange(count), "id": torch.arange(count)}
+
+
+def small_cnn(seed=0, widths=(2, 3, 4, 5)):
+    torch.manual_seed(seed)
+    made = create("seed_cnn_small", num_classes=3, in_chans=1, size=4, options={"widths": list(widths)})
+    return Normalised(made, [0.5], [0.25])
+
+
+def test_a_step_gives_the_weighted_sum_and_keeps_the_parts():
+    module = distiller({"ce": label_term(0.25), "kd": teacher_term(0.75)}, labels=torch.rand(4, 3))
+    total = module.training_step(batch(), 0)
+    assert set(module.parts) == {"ce", "kd"}
+    torch.testing.assert_close(total, 0.25 * module.parts["ce"] + 0.75 * module.parts["kd"])
+    assert module.norms == {}
+
+
+def test_gradient_norms_are_those_of_a_linear_net_by_hand():
+    """Logits z = Wx + b at W = b = 0, so dL/dW = (dL/dz) x^T and the norm is |dL/dz| sqrt(|x|^2 + 1).
+
+    Cross-entropy at label 0: dL/dz = p - y = (-1/2, 1/2). Teacher (2, 0) at temperature 2: q = (0.731059, 0.268941) and
+    dL/dz = T (p - q) = 2 (-0.231059, 0.231059).
+    """
+    student = Normalised(nn.Sequential(nn.Flatten(), nn.Linear(2, 2)), [0.0], [1.0])
+    for parameter in student.parameters():
+        nn.init.zeros_(parameter)
+    terms = {"ce": label_term(0.1), "kd": teacher_term(0.9, temperature=2.0)}
+    module = distiller(terms, student, labels=torch.tensor([[2.0, 0.0]]))
+    module.norms_due = True
+    one = {"image": torch.tensor([[[[1.0, 2.0]]]]), "target": torch.tensor([0]), "row": torch.tensor([0])}
+    total = module.training_step(one, 0)
+    length = math.sqrt(1 + 4 + 1)
+    assert module.norms["ce"].item() == pytest.approx(0.1 * math.sqrt(0.5) * length, rel=1e-6)
+    assert module.norms["kd"].item() == pytest.approx(0.9 * 2 * 0.2310586 * math.sqrt(2) * length, rel=1e-6)
+    # Both pull the same way here, so the gradient of the sum has the sum of the norms.
+    total.backward()
+    whole = torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None]).norm()
+    assert whole.item() == pytest.approx(sum(norm.item() for norm in module.norms.values()), rel=1e-6)
+
+
+def test_asking_for_norms_leaves_the_gradient_as_it_is():
+    grads = []
+    for due in (False, True):
+        module = distiller({"ce": label_term(0.5), "kd": teacher_term(0.5)}, labels=torch.ones(4, 3).cumsum(1))
+        module.norms_due = due
+        module.training_step(batch(), 0).backward()
+        grads.append([p.grad.clone() for p in module.student.parameters() if p.grad is not None])
+    assert all(a.equal(b) for a, b in zip(*grads, strict=True)) and len(grads[0]) == 2
+
+
+def test_a_term_that_does_not_reach_the_student_has_a_norm_of_nothing():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(()))
+
+        def forward(self, student, target):
+            return self.weight**2
+
+    module = distiller({"ce": label_term(0.5), "own": label_term(0.5, Own())})
+    module.norms_due = True
+    module.training_step(batch(), 0)
+    assert module.norms["own"].item() == 0 < module.norms["ce"].item()
+
+
+def test_a_teacher_that_is_needed_and_missing_is_an_error():
+    with pytest.raises(ValueError, match="neither a teacher nor its labels"):
+        distiller({"kd": teacher_term()})
+    assert distiller({"ce": label_term(), "kd": teacher_term(0.0)}).teacher is None
+
+
+def test_the_teacher_stays_frozen_and_out_of_state_and_optimiser():
+    teacher = small_cnn(1)
+    module = distiller({"ce": label_term(0.5), "kd": teacher_term(0.5)}, small_cnn(0), teacher=teacher)
+    module.train()
+    assert isinstance(module.teacher, Frozen) and not teacher.training and module.student.training
+    assert not any(p.requires_grad for p in teacher.parameters())
+    own = {id(p) for p in module.student.parameters()}
+    assert {id(p) for p in module.parameters()} == own
+    trained = [p for g in module.configure_optimizers()["optimizer"].param_groups for p in g["params"]]
+    assert {id(p) for p in trained} == own
+    assert module.state_dict() and all(name.startswith("student.") for name in module.state_dict())
+    assert set(module.views(batch())) == {"batch.target", "student.logits", "teacher.logits"}
+
+
+def test_stored_labels_are_read_row_by_row_and_are_no_state():
+    labels = torch.arange(12.0).reshape(4, 3)
+    module = distiller({"kd": teacher_term()}, labels=labels, teacher=small_cnn())
+    rows = {**batch(2), "row": torch.tensor([3, 1])}
+    assert module.views(rows)["teacher.logits"].equal(labels[[3, 1]])
+    assert module.teacher is None and "labels" not in module.state_dict()
+
+
+def test_labels_that_no_term_reads_are_let_go():
+    assert distiller({"ce": label_term()}, labels=torch.rand(4, 3)).labels is None
+
+
+def test_projections_are_optimised_and_checkpointed_but_are_none_of_the_student():
+    term = Term(Hint(), 1.0, student="student.conv1", teacher="teacher.conv1")
+    objective = Objective({"ce": label_term(), "hint": term})
+    objective.bind({"student.conv1": torch.Size([2, 2, 4, 4]), "teacher.conv1": torch.Size([2, 6, 4, 4])})
+    module = Distiller(small_cnn(0), objective, configure(Fit(), 1), teacher=small_cnn(1, widths=(6, 3, 4, 5)))
+    optimised = {id(p) for g in module.configure_optimizers()["optimizer"].param_groups for p in g["params"]}
+    projection = list(objective.parameters())
+    assert projection and {id(p) for p in projection} <= optimised
+    assert any(name.startswith("objective.") for name in module.state_dict())
+    assert not {id(p) for p in projection} & {id(p) for p in module.student.parameters()}
+    assert set(module.views(batch())) >= {"student.conv1", "teacher.conv1"}
+
+
+def test_validation_takes_the_whole_split_and_keeps_no_features():
+    term = Term(Hint(), 1.0, student="student.conv1", teacher="teacher.conv1")
+    objective = Objective({"ce": Term(CrossEntropy(), 1, "student.logits", target="batch.target"), "hint": term})
+    objective.bind({"student.conv1": torch.Size([2, 2, 4, 4]), "teacher.conv1": torch.Size([2, 2, 4, 4])})
+    module = Distiller(small_cnn(0), objective, configure(Fit(), 1), teacher=small_cnn(1))
+    module.eval()
+    with torch.no_grad():
+        module.validation_step(batch(4), 0)
+        module.validation_step(batch(2), 1)
+        logits = module.student(torch.cat([batch(4)["image"], batch(2)["image"]]))
+    module.student_taps.pop()
+    module.on_validation_epoch_end()
+    targets = torch.cat([batch(4)["target"], batch(2)["target"]])
+    assert module.validation["accuracy"] == (logits.argmax(1) == targets).double().mean().item()
+    assert module.seen == []
