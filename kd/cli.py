@@ -453,10 +453,11 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             _refuse(error.format_message())
         raise SystemExit(2) from None
-    except typer.Abort:  # a question that was answered with no, or not at all
-        _refuse("nothing was done")
-        raise SystemExit(1) from None
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort) as error:
+        # Some versions of the parser make an Abort of Ctrl-C, which is also an answer of no to a question.
+        if not isinstance(error.__cause__ or error, KeyboardInterrupt):
+            _refuse("nothing was done")
+            raise SystemExit(1) from None
         resumes = "; the same command goes on from the last checkpoint" if words[:1] == ["run"] else ""
         _refuse(f"interrupted{resumes}")
         raise SystemExit(130) from None

@@ -214,12 +214,13 @@ def test_a_signal_leaves_no_process_behind_and_the_same_command_goes_on(how, swe
     key = planned(long, False, None)[0][0].key
     with (tmp_path / "err").open("w+") as err:
         command = [sys.executable, "-m", "kd", "run", *long]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=err, env=os.environ)
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=err, start_new_session=True)
         try:
             until((Store(store).work(key) / "last.ckpt").exists, 120, "the training did not begin")
             children = below(process.pid)
             assert len(children) >= 2  # the server, and the job that it forked
-            process.send_signal(how)
+            # A terminal sends Ctrl-C to all of them.
+            os.killpg(process.pid, how) if how == signal.SIGINT else process.kill()
             process.wait(timeout=40)
             until(lambda: not alive(children), 20, "a child outlived its parent")
         finally:

@@ -107,9 +107,11 @@ class Recorder(pl.Callback):
                 self.sums[name] = value.detach().double()
         self.count += 1
         due = self._due(step)
-        # On the CPU reading a number is free; on a GPU it would make each step wait, so there only where one is due,
-        # and before validation. The sum of an epoch stays not finite once a step was.
-        if due or total.device.type == "cpu" or step <= FIRST or trainer.is_last_batch:
+        # On the CPU reading a number is free; on a GPU it would make each step wait, so there only where one is due.
+        # The sum of an epoch stays not finite once a step was.
+        if trainer.is_last_batch:
+            self.check_weights(module, step)  # before validation, which knows neither step nor term
+        elif due or total.device.type == "cpu" or step <= FIRST:
             self.check_losses(module, step)
         if step <= FIRST:
             self.losses.append(total.item())
@@ -134,14 +136,15 @@ class Recorder(pl.Callback):
         raise KDError(f"{self._when(step)}: {named} not finite ({now}); {_MEND}")
 
     def check_weights(self, module: Distiller, step: int) -> None:
-        """Look whether losses, weights and statistics are finite: a step's gradient can spoil them unseen by its loss.
+        """Look whether losses and weights are finite: a step's gradient can spoil these unseen by its loss.
 
         Raises:
             KDError: naming the step and the term or the weight.
         """
         self.check_losses(module, step)
-        state = {**module.student.net.state_dict(), **module.objective.state_dict()}
-        wrong = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+        # Not every buffer: a mask of -inf is no divergence.
+        learnt = [*module.named_parameters(), *(b for b in module.named_buffers() if "running_" in b[0])]
+        wrong = [name for name, value in learnt if not value.isfinite().all()]
         if wrong:
             raise KDError(f"step {step}: after it {wrong[0]} is not finite, though the loss was; {_MEND}")
 

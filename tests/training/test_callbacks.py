@@ -161,8 +161,8 @@ def test_terms_that_are_finite_under_a_sum_that_is_not_are_told_as_such(tmp_path
 def test_weights_that_a_finite_loss_spoilt_are_never_written(step, kept, tmp_path):
     terms = {"ce": label_term(0.5), "odd": label_term(0.5, At(step, nan_gradient))}
     with pytest.raises(KDError) as stopped:
-        fitted(tmp_path, terms=terms, run=run_of(tmp_path, checkpoint_seconds=0, validate_every=0))
-    assert f"step {step}: after it 1.bias is not finite, though the loss was" in str(stopped.value)
+        fitted(tmp_path, terms=terms, run=run_of(tmp_path, checkpoint_seconds=0))
+    assert f"step {step}: after it student.net.1.weight is not finite, though the loss was" in str(stopped.value)
     if kept is None:
         assert not (tmp_path / "last.ckpt").exists()
     else:
@@ -171,7 +171,7 @@ def test_weights_that_a_finite_loss_spoilt_are_never_written(step, kept, tmp_pat
 
 def test_spoilt_weights_are_found_by_the_next_steps_loss_where_no_checkpoint_is_due(tmp_path):
     terms = {"ce": label_term(0.5), "odd": label_term(0.5, At(2, nan_gradient))}
-    with pytest.raises(KDError, match=r"^step 3: term 'ce' and 'odd' is not finite|^step 3: term 'ce'"):
+    with pytest.raises(KDError, match=r"^step 3: term 'ce' and 'odd' is not finite \(ce=nan, odd=nan\)"):
         fitted(tmp_path, terms=terms, run=run_of(tmp_path, checkpoint_seconds=60))
 
 
@@ -197,7 +197,6 @@ def test_a_checkpoint_holds_plain_numbers_and_nothing_of_the_teacher(tmp_path):
     fitted(tmp_path, terms=terms, teacher=net(1), run=run_of(tmp_path, checkpoint_seconds=0))
     kept = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert set(kept["state_dict"]) == {"student.net.1.weight", "student.net.1.bias"}
-    assert kept["hyper_parameters"] == {} if "hyper_parameters" in kept else True
     record = kept["callbacks"]["Together"]["Recorder"]
     assert len(record["losses"]) == 10 and len(record["epochs"]) == 2
 
@@ -217,9 +216,12 @@ def test_a_checkpoint_is_replaced_whole(tmp_path, monkeypatch):
     assert (tmp_path / "last.ckpt").read_bytes() == before
 
 
-@pytest.mark.parametrize(("seconds", "steps"), [(0, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]), (60, []), (3, [3, 5, 8, 10])])
+@pytest.mark.parametrize(
+    ("seconds", "tick", "steps"),
+    [(0, 1, range(1, 11)), (2, 1, [2, 4, 6, 8, 10]), (60, 1, [5, 10]), (60, 0.5, [10]), (60, 0.1, [])],
+)
 def test_a_checkpoint_is_written_when_it_is_time_and_never_before_the_validation_of_its_epoch(
-    seconds, steps, tmp_path, monkeypatch
+    seconds, tick, steps, tmp_path, monkeypatch
 ):
     now = [0.0]
     monkeypatch.setattr(callbacks, "time", SimpleNamespace(monotonic=lambda: now[0]))
@@ -232,14 +234,14 @@ def test_a_checkpoint_is_written_when_it_is_time_and_never_before_the_validation
 
     class Clock(pl.Callback):
         def on_train_batch_start(self, *_):
-            now[0] += 1
+            now[0] += tick
 
         def on_validation_end(self, *_):
             validated.append(True)
 
     monkeypatch.setattr(Checkpoint, "write", spy)
     fitted(tmp_path, run=run_of(tmp_path, checkpoint_seconds=seconds), watching=[Clock()])
-    assert [step for step, _ in written] == steps
+    assert [step for step, _ in written] == list(steps)
     assert all(done == step // 5 for step, done in written)
 
 
@@ -337,7 +339,7 @@ def test_progress_and_each_step_are_called(tmp_path):
     fitted(tmp_path, tell=heard.append, watching=[EachStep(lambda: steps.append(1))])
     assert len(steps) == 10
     told = [event for event in heard if event["event"] == "step"]
-    assert (told[0] == {"event": "step", "step": 1, "total": 10} and len(told) < 10) or told
+    assert told[0] == {"event": "step", "step": 1, "total": 10} and len(told) <= 10
     assert heard[-1]["event"] == "trained" and heard[-1]["seconds"] > 0
 
 

@@ -57,7 +57,7 @@ def test_a_warm_up_longer_than_the_training_ends_with_it():
 )
 def test_a_training_steps_at_those_rates(settings, tmp_path):
     fit = Fit(epochs=2, batch_size=4, lr=0.2, optimiser={"_target_": "torch.optim.SGD"}, **settings)
-    module, trace = fitted(tmp_path, fit)
+    _module, trace = fitted(tmp_path, fit)
     rows = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
     factor = scale(fit, 5)
     # A row holds the rate that the next step will have.

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import ast
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -11,70 +10,14 @@ from typing import Any
 
 import plotly.graph_objects as go
 import pytest
-import pytorch_lightning as pl
-import torch
 import wandb
 
 import kd.training.tracking
 from kd.errors import InputError
-from kd.training.tracking import kept_environment, log_sweep, logged_in, mode, sync_hint
-from kd.training.wandb_logger import SafeWandbLogger
+from kd.training.tracking import kept_environment, log_sweep, logged_in, mode, start_run, sync_hint
 from tests.training.wandb_records import read, run_folders
 
-SWEEP = "5weeb0123456789a"
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch, tmp_path):
-    """No account, no settings of the machine; no run left behind."""
-    for name in [name for name in os.environ if name.startswith("WANDB_") or name == "NETRC"]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    yield
-    assert wandb.run is None
-
-
-def logger(folder: Path, key: str = "a" * 64, mode: str = "offline", **more: Any) -> SafeWandbLogger:
-    settings = {"stage": "student", "config": {"stage": "kd.stages.Distil", "config": {"fit": {"epochs": 2}}}} | more
-    return SafeWandbLogger(key=key, folder=folder, mode=mode, **settings)
-
-
-class Line(pl.LightningModule):
-    """A line through points; logs as the training does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = torch.nn.Linear(1, 1)
-
-    def training_step(self, batch, index):
-        loss = (self.layer(batch[0]) ** 2).mean()
-        for each in self.trainer.loggers:
-            each.log_metrics({"train/loss": loss.item()}, step=self.trainer.global_step + 1)
-        return loss
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-class Batches:
-    """Two batches; a DataLoader would be warned about its workers."""
-
-    def __len__(self):
-        return 2
-
-    def __iter__(self):
-        return iter([[torch.ones(4, 1)]] * 2)
-
-
-def fit(tmp_path: Path, each: SafeWandbLogger | None) -> torch.Tensor:
-    torch.manual_seed(0)
-    module = Line()
-    trainer = pl.Trainer(
-        max_epochs=2, logger=each or False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, accelerator="cpu", default_root_dir=tmp_path, log_every_n_steps=1,
-    )  # fmt: skip
-    trainer.fit(module, Batches())
-    return module.layer.weight.detach().clone()
+pytestmark = pytest.mark.usefixtures("offline")
 
 
 @pytest.mark.parametrize(
@@ -138,134 +81,11 @@ def test_the_mode_is_found_without_importing_wandb_torch_or_lightning():
     assert done.stdout.strip() == "[]"
 
 
-def test_three_runs_in_one_process_stay_three_runs(tmp_path):
-    keys = ["a" * 64, "b" * 64, "c" * 64]
-    for index, key in enumerate(keys):
-        stage = "teacher" if index == 0 else "student"
-        config = {"stage": "kd.stages.Train", "config": {"fit": {"epochs": index}}}
-        dials = {"temperature": 4.0, "alpha": index / 2}
-        with logger(tmp_path, key, stage=stage, config=config, dials=dials, sweep=SWEEP, tags=["cnn"]) as each:
-            for step in range(1, 4):
-                each.log_metrics({"train/loss": index + 1 / step}, step=step)
-            each.summarise({"test/accuracy": 0.9 + index / 100, "cost/parameters": 6058})
-    folders = run_folders(tmp_path)
-    assert list(folders) == [key[:16] for key in keys]
-    for index, (name, folder) in enumerate(folders.items()):
-        found = read(folder)
-        run = found["run"]
-        assert (run.run_id, run.run_group, run.project) == (name, SWEEP, "kd")
-        assert run.job_type == ("teacher" if index == 0 else "student")
-        assert list(run.tags) == ["cnn"]
-        assert found["config"]["config"] == {"fit": {"epochs": index}}
-        assert found["config"]["dials"] == {"temperature": 4.0, "alpha": index / 2}
-        steps = [(row["trainer/global_step"], row["train/loss"]) for row in found["history"]]
-        assert steps == [(step, index + 1 / step) for step in range(1, 4)]
-        assert found["summary"]["test/accuracy"] == 0.9 + index / 100
-        assert found["exit"] == 0
-    seen = subprocess.run(
-        [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", folders["b" * 16]],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    summary = json.loads(seen.stdout)
-    assert (summary["run_id"], summary["state"], summary["exit_code"]) == ("b" * 16, "finished", 0)
-    assert summary["config"]["dials"] == {"temperature": 4, "alpha": 0.5}
-    assert summary["summary"]["test/accuracy"] == 0.91
-    lines = subprocess.run(
-        [sys.executable, "-m", "wandb", "leet", "inspect", "--json", folders["c" * 16]],
-        capture_output=True, text=True, check=True,
-    ).stdout.splitlines()  # fmt: skip
-    rows = [json.loads(line) for line in lines]
-    assert [row["history"]["item"]["train/loss"] for row in rows if row["type"] == "history"] == [3, 2.5, 2 + 1 / 3]
-    [started] = [row["run"] for row in rows if row["type"] == "run"]
-    assert (started["run_id"], started["run_group"], started["job_type"]) == ("c" * 16, SWEEP, "student")
-
-
-def test_a_trainer_logs_through_it_and_the_weights_do_not_notice(tmp_path):
-    with logger(tmp_path) as each:
-        logged = fit(tmp_path, each)
-    assert torch.equal(logged, fit(tmp_path, None))
-    found = read(run_folders(tmp_path)["a" * 16])
-    assert [row["trainer/global_step"] for row in found["history"]] == [1, 2, 3, 4]
-
-
-def test_environment_and_mode_are_left_alone(tmp_path):
-    with logger(tmp_path) as each:
-        each.log_metrics({"train/loss": 1.0}, step=1)
-        assert wandb.run.settings.x_transaction_log_flush_interval == 2
-    assert {name: value for name, value in os.environ.items() if name.startswith("WANDB_")} == {}
-
-
 def test_kept_environment_puts_back_what_was_there(monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "online")
     with kept_environment():
         os.environ["WANDB_MODE"] = "dryrun"
     assert os.environ["WANDB_MODE"] == "online"
-
-
-def test_a_run_that_fails_ends_with_exit_code_1(tmp_path):
-    with pytest.raises(RuntimeError), logger(tmp_path) as each:
-        each.log_metrics({"train/loss": 1.0}, step=1)
-        raise RuntimeError("diverged")
-    assert read(run_folders(tmp_path)["a" * 16])["exit"] == 1
-
-
-def test_a_run_left_open_is_ended_before_the_next(tmp_path, caplog):
-    leaked = logger(tmp_path)
-    leaked.log_metrics({"train/loss": 1.0}, step=1)
-    with logger(tmp_path, "b" * 64) as each:
-        each.log_metrics({"train/loss": 2.0}, step=1)
-    leaked.close()
-    folders = run_folders(tmp_path)
-    assert [row["train/loss"] for row in read(folders["a" * 16])["history"]] == [1.0]
-    assert [row["train/loss"] for row in read(folders["b" * 16])["history"]] == [2.0]
-    assert "left open" in caplog.text
-
-
-def test_nothing_is_started_before_a_value_or_when_disabled(tmp_path):
-    with logger(tmp_path, mode="disabled") as each:
-        each.log_metrics({"train/loss": 1.0}, step=1)
-        each.summarise({"test/accuracy": 1.0})
-    logger(tmp_path).close()
-    assert list(tmp_path.iterdir()) == []
-
-
-def boom(*_: Any, **__: Any) -> None:
-    raise wandb.errors.CommError("no route\nto host")
-
-
-@pytest.mark.parametrize("place", ["init", "log", "finish", "define_metric", "summary"])
-def test_training_does_not_notice_when_wandb_raises(place, tmp_path, monkeypatch, caplog):
-    plain = fit(tmp_path, None)
-    with monkeypatch.context() as broken, caplog.at_level(logging.WARNING, "kd.tracking"):
-        if place == "init":
-            broken.setattr(wandb, "init", boom)
-        elif place == "summary":
-            broken.setattr(wandb.sdk.wandb_summary.Summary, "update", boom)
-        else:
-            broken.setattr(wandb.Run, place, boom)
-        with logger(tmp_path) as each:
-            logged = fit(tmp_path, each)
-            each.summarise({"test/accuracy": 1.0})
-        each.log_metrics({"train/loss": 1.0}, step=9)  # after the end: nothing
-    if wandb.run is not None:  # finish was broken: nobody could end it
-        wandb.finish()
-    assert torch.equal(plain, logged)
-    assert not each.active
-    [warning] = [record for record in caplog.records if record.name == "kd.tracking"]
-    assert warning.getMessage() == f"W&B is off for student {'a' * 16} (CommError: no route to host); the store has all"
-
-
-def test_a_config_that_is_no_plain_data_disables_the_logger(tmp_path, caplog):
-    with logger(tmp_path, config={"path": Path("x")}) as each:
-        each.log_metrics({"train/loss": 1.0}, step=1)
-    assert "not JSON serializable" in caplog.text and run_folders(tmp_path) == {}
-
-
-def test_it_is_a_lightning_logger_named_after_the_stage(tmp_path):
-    each = logger(tmp_path)
-    each.log_hyperparams({"anything": object()})
-    assert (each.name, each.version, each.save_dir) == ("student", "a" * 16, str(tmp_path))
-    assert isinstance(each, pl.loggers.Logger)
 
 
 def test_a_killed_run_keeps_what_was_logged(tmp_path):
@@ -305,6 +125,10 @@ def test_a_sweep_is_one_run_with_table_and_figure(tmp_path):
     assert not log_sweep(sweep, **kept, mode="disabled")
 
 
+def boom(*_: Any, **__: Any) -> None:
+    raise wandb.errors.CommError("no route\nto host")
+
+
 @pytest.mark.parametrize("place", ["init", "log", "finish"])
 def test_a_sweep_ends_well_when_wandb_raises(place, tmp_path, monkeypatch, caplog):
     with monkeypatch.context() as broken:
@@ -316,8 +140,8 @@ def test_a_sweep_ends_well_when_wandb_raises(place, tmp_path, monkeypatch, caplo
 
 
 def test_the_hint_names_commands_that_find_the_runs(tmp_path):
-    with logger(tmp_path) as each:
-        each.log_metrics({"train/loss": 1.0}, step=1)
+    with kept_environment():
+        start_run(id="d" * 16, folder=tmp_path, mode="offline", project="kd", job_type="student", config={}).finish()
     hint = sync_hint(tmp_path)
     assert f"`wandb leet {tmp_path}/wandb`" in hint and f"`wandb sync {tmp_path}/wandb`" in hint
     done = subprocess.run(
