@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -65,7 +66,7 @@ def copy(kept, tmp_path, monkeypatch):
 
 def key(stage="student", *words):
     """The key of a stage of the small run."""
-    return next(n.key for n in planned(Path("x"), *words)[0].nodes if n.name == stage)
+    return next(n.key for n in planned(Path(os.environ["KD_STORE"]), *words)[0].nodes if n.name == stage)
 
 
 def touched(folder):
@@ -262,8 +263,6 @@ def test_one_run_that_fails_is_one_line_and_exit_1(kd, copy):
 
 def test_no_value_of_the_environment_is_in_any_card(kept):
     cards = [(a.path / "card.json").read_text() for a in Store(kept)]
-    import os
-
     assert len(cards) == 5 and all("${oc.env:PATH}" in text for text in cards[:3])
     assert not [
         name for text in cards for name in ("PATH", "HOME") if len(os.environ[name]) > 9 and os.environ[name] in text

@@ -214,7 +214,15 @@ def test_a_signal_leaves_no_process_behind_and_the_same_command_goes_on(how, swe
     key = planned(long, False, None)[0][0].key
     with (tmp_path / "err").open("w+") as err:
         command = [sys.executable, "-m", "kd", "run", *long]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=err, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=err,
+            start_new_session=True,
+            # A shell starts what it puts in the background with SIGINT ignored, and these tests may run there.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         try:
             until((Store(store).work(key) / "last.ckpt").exists, 120, "the training did not begin")
             children = below(process.pid)

@@ -18,10 +18,10 @@ from kd.cli import main
 from kd.errors import Inconclusive, InputError
 from kd.launch import reproduce
 from kd.pipeline import reproduce as module
-from kd.pipeline.execute import execute
+from kd.pipeline.execute import build, execute
 from kd.pipeline.jobs import call
 from kd.pipeline.reproduce import EXIT, Verdict, checked, judge, lineage
-from kd.stages import Train
+from kd.stages import Distil, Train
 from kd.store import Artifact, Store, short
 from tests.pipeline.small import kill_at, made, planned
 
@@ -445,6 +445,16 @@ def test_a_file_outside_the_artifact_is_not_looked_at(name, copy):
     alter(found, lambda card: card["files"].update({name: {"sha256": "0" * 64, "bytes": 1}}))
     with pytest.raises(InputError, match="cannot be read"):
         reproduce(found.key, [], str(store.root), None, keep=False)
+
+
+def test_a_knob_that_came_later_has_its_frozen_value_whatever_the_default_is_now(home, tmp_path, monkeypatch):
+    before = home[1].card["document"]["config"]["fit"]["gamma"]
+    monkeypatch.setattr(Distil, "SINCE", {"fit.gamma": before})
+    one, _ = planned(tmp_path)
+    text = one.nodes[-1].document
+    assert "gamma" not in text["config"]["fit"] and one.key != home[1].key
+    monkeypatch.setattr(Distil, "SINCE", {"fit.gamma": 0.25})  # as if today's default were another one
+    assert build(text).fit == {**home[1].card["document"]["config"]["fit"], "gamma": 0.25}
 
 
 def test_only_where_and_how_loudly_may_be_given(home):
