@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,6 +38,27 @@ class _Group(TyperGroup):
                 f"{args[0]!r} is no command{nearest(args[0], self.list_commands(ctx))} (`kd --help` lists them)"
             )
         return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command; the parser would end silently, and with 1, at any pipe that breaks."""
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+        except BrokenPipeError as error:
+            if _nobody_reads():
+                os._exit(0)  # `kd ls | head -1` is no fault
+            raise KDError(f"the pipe to a job broke ({error.strerror}); the same command goes on") from error
+        return result
+
+
+def _nobody_reads() -> bool:
+    """Whether the reader of the output is gone."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+    except (OSError, ValueError):  # it is no file
+        return False
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 # What the parser raises for a wrong option; typer exports only this subclass of it.
@@ -73,8 +95,12 @@ app.add_typer(bench, name="bench")
 def _console() -> Any:
     from rich.console import Console
 
+    class Plain(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # not the end of the process, which rich would make of it
+
     width = None if sys.stdout.isatty() else WIDE
-    return Console(highlight=False, width=width, soft_wrap=not sys.stdout.isatty())
+    return Plain(highlight=False, width=width, soft_wrap=not sys.stdout.isatty())
 
 
 def _print(thing: Any) -> None:
@@ -461,8 +487,6 @@ def main(arguments: list[str] | None = None) -> None:
         resumes = "; the same command goes on from the last checkpoint" if words[:1] == ["run"] else ""
         _refuse(f"interrupted{resumes}")
         raise SystemExit(130) from None
-    except BrokenPipeError:
-        os._exit(0)
     except OSError as error:
         if os.environ.get("KD_TRACEBACK"):
             raise

@@ -195,13 +195,11 @@ def test_what_cannot_run_is_refused_before_anything_is_made(words, said, tmp_pat
 
 
 @pytest.mark.parametrize("moment", ["evaluation", "storing"])
-def test_a_kill_after_the_last_step_loses_nothing(moment, tmp_path):
-    words = ("run.checkpoint_seconds=0", "run.log_every=1", "fit.patience=1", "fit.lr=1e-9", "fit.epochs=3")
+@pytest.mark.parametrize("words", [("fit.patience=1", "fit.lr=1e-9", "fit.epochs=3"), ()], ids=["patience", "last"])
+def test_a_kill_after_the_last_step_loses_nothing(moment, words, tmp_path):
+    words = ("pipeline=baseline", "run.checkpoint_seconds=0", "run.log_every=1", *words)
     straight = made(tmp_path / "a", *words)[1]
-    assert (
-        len(straight["trace"]["epochs"]) == 2
-    )  # patience ended before the third epoch, and the kill forgets none of it
-    made(tmp_path / "b", "alpha=0.5")
+    assert len(straight["trace"]["epochs"]) == 2  # patience ended before a third, and the kill forgets none of it
     one, run = planned(tmp_path / "b", *words)
     store = Store(tmp_path / "b")
     assert "SIGKILL" in call(kill_at, moment, 1, one, run)["error"]

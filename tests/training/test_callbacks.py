@@ -208,6 +208,10 @@ def test_a_checkpoint_is_replaced_whole(tmp_path, monkeypatch):
 
     fitted(tmp_path, run=run_of(tmp_path, checkpoint_seconds=0))
     before = (tmp_path / "last.ckpt").read_bytes()
+    with (tmp_path / "last.ckpt").open("rb") as reader:
+        fitted(tmp_path, Fit(epochs=3, batch_size=4, optimiser=SGD), run_of(tmp_path, checkpoint_seconds=0))
+        assert reader.read() == before != (tmp_path / "last.ckpt").read_bytes()  # who reads it sees one or the other
+    before = (tmp_path / "last.ckpt").read_bytes()
     monkeypatch.setattr(pl.Trainer, "save_checkpoint", cut)
     trainer = pl.Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu")
     module, _ = fitted(tmp_path / "other")

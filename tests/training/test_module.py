@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from kd.errors import InputError
 from kd.losses.feature import Hint
 from kd.losses.logits import CrossEntropy
 from kd.models import Frozen, Normalised, create
@@ -141,8 +142,10 @@ def test_validation_takes_the_whole_split_and_keeps_no_features():
     module = Distiller(small_cnn(0), objective, configure(Fit(), 1), teacher=small_cnn(1))
     module.eval()
     with torch.no_grad():
-        module.validation_step(batch(4), 0)
-        module.validation_step(batch(2), 1)
+        for index, count in enumerate((4, 2)):
+            module.validation_step(batch(count), index)
+            with pytest.raises(InputError, match="was not run"):  # nothing is left to be popped
+                module.student_taps.pop()
         logits = module.student(torch.cat([batch(4)["image"], batch(2)["image"]]))
     module.student_taps.pop()
     module.on_validation_epoch_end()
