@@ -24,7 +24,7 @@ from kd.errors import InputError, nearest, offer
 from kd.instantiate import check_target, signature_errors, targets
 from kd.training.settings import Fit, Run, require, typed
 
-ROOT_KEYS = {"teacher", "student", "data", "loss", "fit", "teacher_fit", "pipeline", "run"}
+ROOT_KEYS = {"teacher", "student", "data", "loss", "fit", "teacher_fit", "labels", "pipeline", "run"}
 DIALS = {"temperature", "alpha", "seed", "teacher_seed"}
 SEVERAL = {"loss", "run/logger"}  # the groups that take a list of options; any other takes one
 # The only forms an interpolation may take outside run/: a path of names, or one minus it.

@@ -27,7 +27,7 @@ from kd.config import Job, jobs, labels
 from kd.errors import Inconclusive, InputError, KDError
 from kd.pipeline import jobs as children
 from kd.pipeline.execute import record_sweep
-from kd.pipeline.plan import Plan, plan, status
+from kd.pipeline.plan import Plan, outlook, plan, status
 from kd.pipeline.reproduce import Verdict, differences, judge, lineage
 from kd.pipeline.work import check_jobs, run_job
 from kd.stages.fingerprints import code_print
@@ -63,7 +63,8 @@ def planned(words: list[str], multirun: bool, config_dir: str | None) -> tuple[l
     for job in found:
         if Run(**job.config["run"]).store != run.store:
             raise InputError("run.store may not vary within a sweep: its jobs share teachers through the store")
-    return [plan(job.config, job.overrides) for job in found], found, run, sweep
+    plans = [plan(job.config, job.overrides) for job in found]
+    return plans, found, run, sweep
 
 
 def sweep_id(plans: list[Plan]) -> str:
@@ -85,6 +86,7 @@ def launch(
     """
     plans, configs, run, is_sweep = planned(words, multirun, config_dir)
     store = Store(run.store)
+    outlook(plans, store, run)
     sweep = sweep_id(plans) if is_sweep else None
     runs = [Run(**job.config["run"]) for job in configs]
     missing = [p for p in plans if any(status(n, store) != "hit" for n in p.nodes)]

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from kd.data.labels import shard
 from kd.errors import KDError
 from kd.instantiate import resolve
 from kd.pipeline.plan import Node, Plan
@@ -148,11 +149,11 @@ def _same_maker(work: Path, maker: dict[str, Any], tell: Tell) -> None:
     note = work / "maker"
     known = note.read_text() if note.exists() else None
     if known != canonical(maker):
-        if (work / CHECKPOINT).exists():
-            tell({"event": "say", "line": f"the checkpoint was written by {_changed(known, maker)}: starting over"})
+        if any((work / name).exists() for name in (CHECKPOINT, shard(0, 0))):
+            tell({"event": "say", "line": f"what is there was made by {_changed(known, maker)}: starting over"})
         # The note last: a kill in between must not leave an old checkpoint under a new note.
-        for name in (CHECKPOINT, HISTORY):
-            (work / name).unlink(missing_ok=True)
+        for path in (work / CHECKPOINT, work / HISTORY, *work.glob("labels-v*")):
+            path.unlink(missing_ok=True)
         write_text(note, canonical(maker))
 
 

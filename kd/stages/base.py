@@ -11,6 +11,7 @@ from kd.store import Artifact
 from kd.training.settings import Run
 
 Event = dict[str, Any]
+Config = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,15 @@ class Room:
     document: Mapping[str, Any] = field(default_factory=dict)
     dials: Mapping[str, Any] = field(default_factory=dict)
     tell: Callable[[Event], None] = lambda event: None
+    shared: dict[Any, Any] | None = None  # what jobs in one process need only once; None: nothing is kept
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What ``make`` gives, made once for all the jobs of this process that name it by the same ``key``."""
+        if self.shared is None:
+            return make()
+        if key not in self.shared:
+            self.shared[key] = make()
+        return self.shared[key]
 
     @property
     def data_dir(self) -> Path:
@@ -44,8 +54,20 @@ class Stage(Protocol):
     SINCE: ClassVar[dict[str, Any]]
 
     @classmethod
-    def unused(cls, config: Mapping[str, Any], inputs: Mapping[str, str]) -> dict[str, str]:
-        """Inputs this config does not read, each with the reason; they are left out of plan and key."""
+    def settled(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The config with every field that changes nothing beside the others at its neutral value.
+
+        Raises:
+            InputError: at a value out of range.
+        """
+        ...
+
+    @classmethod
+    def unused(cls, config: Mapping[str, Any], inputs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+        """Inputs this config does not read, each with the reason; they are left out of plan and key.
+
+        ``inputs`` has the settled config of each.
+        """
         ...
 
     def check(self, inputs: Mapping[str, Stage | Artifact], room: Room) -> None:

@@ -6,7 +6,7 @@ import logging
 import pickle
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +18,11 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.profilers import PassThroughProfiler
 
 from kd.data import Split
+from kd.data.labels import StoredLabels
 from kd.errors import InputError
 from kd.training.callbacks import Checkpoint, Progress, Recorder, Reseed, Selection, Together
 from kd.training.loaders import EpochLoader
+from kd.training.loop import install
 from kd.training.module import Distiller
 from kd.training.settings import CHECKPOINT, Fit, Run
 
@@ -49,6 +51,11 @@ def device_of(run: Run) -> torch.device:
     return torch.device("cuda" if run.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def blank(data: Mapping[str, Any], count: int) -> torch.Tensor:
+    """Black images of the shape that a data set's config names: (count, channels, size, size)."""
+    return torch.zeros(count, int(data["channels"]), int(data["size"]), int(data["size"]))
+
+
 def check_precision(fit: Fit, run: Run) -> None:
     """Refuse a precision that the device has not.
 
@@ -75,6 +82,9 @@ def train(
     augment: str,
     work: Path,
     tell: Callable[[dict[str, Any]], None],
+    views: int | None = None,
+    view_seed: int | None = None,
+    labels: StoredLabels | None = None,
     loggers: list[Logger] | None = None,
     watching: Sequence[pl.Callback] = (),
 ) -> Trace:
@@ -107,6 +117,9 @@ def train(
         drop_last=fit.drop_last,
         device=device_of(run),
         workers=run.workers,
+        views=views,
+        view_seed=view_seed,
+        labels=labels,
         # From the step alone: what Lightning keeps of its own position is not needed to resume.
         position=lambda: divmod(trainer.global_step, len(loader)),
     )
@@ -116,6 +129,16 @@ def train(
     gpu = device_of(run).type == "cuda"
     # Filling fresh memory costs a write a tensor and hides no error here.
     setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010
+    together = Together(
+        [
+            Reseed(seed),
+            recorder,
+            selection,
+            Progress(tell, fit.epochs * len(loader)),
+            Checkpoint(work, run.checkpoint_seconds, recorder),
+            *watching,
+        ]
+    )
     with quiet():
         trainer = pl.Trainer(
             accelerator="gpu" if gpu else "cpu",
@@ -135,19 +158,9 @@ def train(
             enable_model_summary=False,
             profiler=_Unprofiled(),
             default_root_dir=work,
-            callbacks=[
-                Together(
-                    [
-                        Reseed(seed),
-                        recorder,
-                        selection,
-                        Progress(tell, fit.epochs * len(loader)),
-                        Checkpoint(work, run.checkpoint_seconds, recorder),
-                        *watching,
-                    ]
-                )
-            ],
+            callbacks=[together],
         )
+        install(trainer, together)
         resumed = resumable(work, tell)
         started = time.monotonic()
         trainer.fit(
