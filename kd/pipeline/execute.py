@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kd.data.labels import shard
 from kd.errors import KDError
@@ -18,6 +18,9 @@ from kd.pipeline.plan import Node, Plan
 from kd.stages.fingerprints import NUMERIC
 from kd.store import Artifact, Store, canonical, short, with_neutral, write_json, write_text
 from kd.training.settings import CHECKPOINT, HISTORY, Run
+
+if TYPE_CHECKING:
+    from kd.stages.base import Company
 
 Tell = Callable[[dict[str, Any]], None]
 
@@ -50,8 +53,17 @@ def check(plans: list[Plan], store: Store, run: Run) -> None:
                 stages[node.key].check(inputs, Room(run, store.work(node.key)))
 
 
-def execute(plan: Plan, store: Store, run: Run, tell: Tell = lambda event: None, sweep: str | None = None) -> list[str]:
+def execute(
+    plan: Plan,
+    store: Store,
+    run: Run,
+    tell: Tell = lambda event: None,
+    sweep: str | None = None,
+    company: Company | None = None,
+) -> list[str]:
     """Run the missing stages of one plan in order; returns the names of those that this call ran.
+
+    ``company`` is what it shares with other jobs of this process.
 
     Raises:
         KDError: if a stage fails; what was finished stays, what was begun can be resumed.
@@ -77,13 +89,21 @@ def execute(plan: Plan, store: Store, run: Run, tell: Tell = lambda event: None,
                     }
                 )
             tell({"event": "start", "stage": node.name, "key": node.key})
-            make(node, plan, store, run, tell, sweep)
+            make(node, plan, store, run, tell, sweep, company)
             ran.append(node.name)
             tell({"event": "done", "stage": node.name, "key": node.key})
     return ran
 
 
-def make(node: Node, plan: Plan, store: Store, run: Run, tell: Tell, sweep: str | None) -> Artifact:
+def make(
+    node: Node,
+    plan: Plan,
+    store: Store,
+    run: Run,
+    tell: Tell,
+    sweep: str | None = None,
+    company: Company | None = None,
+) -> Artifact:
     """Run one stage and put its artifact; the caller holds the lock.
 
     Raises:
@@ -106,7 +126,7 @@ def make(node: Node, plan: Plan, store: Store, run: Run, tell: Tell, sweep: str 
         environment = environment_print()
         _same_maker(work, {"code": code_print()["digest"], **{n: environment[n] for n in NUMERIC}}, tell)
         dials = plan.dials if node is plan.nodes[-1] else {}
-        room = Room(run, work, node.key, node.name, sweep, node.document, dials, tell)
+        room = Room(run, work, node.key, node.name, sweep, node.document, dials, tell, company)
         result = build(node.document, run.trusted).run(inputs, out, room)
         prints = result.pop("fingerprints", {})
         card = {

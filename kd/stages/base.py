@@ -5,13 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from kd.store import Artifact
 from kd.training.settings import Run
 
+if TYPE_CHECKING:
+    from kd.training.turns import Turns
+
 Event = dict[str, Any]
 Config = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Company:
+    """What jobs of one process share: whose turn it is, and what is read or built once for all of them."""
+
+    turns: Turns
+    kept: dict[Any, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -26,15 +37,15 @@ class Room:
     document: Mapping[str, Any] = field(default_factory=dict)
     dials: Mapping[str, Any] = field(default_factory=dict)
     tell: Callable[[Event], None] = lambda event: None
-    shared: dict[Any, Any] | None = None  # what jobs in one process need only once; None: nothing is kept
+    company: Company | None = None  # the other jobs of this process, if there are some
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         """What ``make`` gives, made once for all the jobs of this process that name it by the same ``key``."""
-        if self.shared is None:
+        if self.company is None:
             return make()
-        if key not in self.shared:
-            self.shared[key] = make()
-        return self.shared[key]
+        if key not in self.company.kept:
+            self.company.kept[key] = make()
+        return self.company.kept[key]
 
     @property
     def data_dir(self) -> Path:

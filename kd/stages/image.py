@@ -313,6 +313,12 @@ def _subset(splits: Splits, samples: int | None, seed: int) -> torch.Tensor | No
     return order[torch.argsort(rank, stable=True)[:samples]].sort().values
 
 
+def _taken(splits: Splits, samples: int | None, seed: int) -> Split:
+    """The part of the training split to learn from."""
+    rows = _subset(splits, samples, seed)
+    return splits.train if rows is None else splits.train.subset(rows)
+
+
 def _train(
     stage: Train | Distil,
     student: Normalised,
@@ -337,11 +343,15 @@ def _train(
     fit, data = Fit(**stage.fit), stage.data
     seed_all(stage.seed, "objective")
     objective = build_objective(stage.objective, room)
-    rows = _subset(splits, fit.samples, stage.seed)
-    train_split = splits.train if rows is None else splits.train.subset(rows)
+    train_split = room.once(
+        ("samples", id(splits), fit.samples, stage.seed), lambda: _taken(splits, fit.samples, stage.seed)
+    )
     labels, teacher = None, None
     if "labels" in inputs:
-        labels = _stored(inputs["labels"], train_split, len(splits.classes), device_of(room.run))
+        labels = room.once(
+            ("labels", inputs["labels"].key, id(train_split)),
+            lambda: _stored(inputs["labels"], train_split, len(splits.classes), device_of(room.run)),
+        )
         two = labels.at(0, torch.arange(2, device=labels.device))
         bind(objective, student, None, data, {name: value.cpu() for name, value in two.items()})
     else:
@@ -350,7 +360,13 @@ def _train(
     steps = len(train_split) // fit.batch_size if fit.drop_last else -(-len(train_split) // fit.batch_size)
     module = Distiller(student, objective, configure(fit, steps), teacher, stored=labels is not None)
     with loggers(
-        room.run, key=room.key, stage=room.stage, document=room.document, dials=room.dials, sweep=room.sweep
+        room.run,
+        key=room.key,
+        stage=room.stage,
+        document=room.document,
+        dials=room.dials,
+        sweep=room.sweep,
+        beside=room.company is not None,
     ) as sinks:
         trace = train(
             module,
@@ -363,6 +379,7 @@ def _train(
             views=getattr(stage, "views", None),
             view_seed=getattr(stage, "view_seed", None),
             labels=labels,
+            turns=None if room.company is None else room.company.turns,
             work=room.work,
             tell=room.tell,
             loggers=sinks,

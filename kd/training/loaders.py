@@ -103,6 +103,10 @@ class EpochLoader:
         """The batches from `position` to the end of its epoch."""
         # A generator: nothing of this runs before the first next(), when the trainer knows where it stands.
         epoch, first = self.position() if self.position is not None else (0, 0)
+        yield from self.batches(epoch, first)
+
+    def batches(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from the ``first`` on."""
         order = self.order(epoch)
         view = epoch if self.views is None else epoch % self.views
         spans = [slice(i * self.batch_size, (i + 1) * self.batch_size) for i in range(first, len(self))]

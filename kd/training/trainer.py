@@ -25,6 +25,7 @@ from kd.training.loaders import EpochLoader
 from kd.training.loop import install
 from kd.training.module import Distiller
 from kd.training.settings import CHECKPOINT, Fit, Run
+from kd.training.turns import Shared, Turns
 
 EVALUATION_BATCH = 512
 
@@ -85,6 +86,7 @@ def train(
     views: int | None = None,
     view_seed: int | None = None,
     labels: StoredLabels | None = None,
+    turns: Turns | None = None,
     loggers: list[Logger] | None = None,
     watching: Sequence[pl.Callback] = (),
 ) -> Trace:
@@ -107,22 +109,35 @@ def train(
             "learn from; change it by one, or set fit.drop_last=true"
         )
     trainer: pl.Trainer
-    loader = EpochLoader(
-        train_split,
-        fit.batch_size,
-        seed=seed,
-        augment=augment,
-        size=size,
-        shuffle=True,
-        drop_last=fit.drop_last,
-        device=device_of(run),
-        workers=run.workers,
-        views=views,
-        view_seed=view_seed,
-        labels=labels,
+    loader: EpochLoader | Shared
+
+    def position() -> tuple[int, int]:
         # From the step alone: what Lightning keeps of its own position is not needed to resume.
-        position=lambda: divmod(trainer.global_step, len(loader)),
-    )
+        return divmod(trainer.global_step, len(loader))
+
+    def make(position: Callable[[], tuple[int, int]] | None) -> EpochLoader:
+        return EpochLoader(
+            train_split,
+            fit.batch_size,
+            seed=seed,
+            augment=augment,
+            size=size,
+            shuffle=True,
+            drop_last=fit.drop_last,
+            device=device_of(run),
+            workers=run.workers,
+            views=views,
+            view_seed=view_seed,
+            labels=labels,
+            position=position,
+        )
+
+    if turns is None:
+        loader = make(position)
+    else:
+        # The split and the labels are one object for all jobs that read the same.
+        words = (fit.batch_size, seed, augment, size, fit.drop_last, views, view_seed)
+        loader = turns.shared((id(train_split), id(labels), *words), lambda: make(None), position)
     recorder = Recorder(work, run.log_every, len(loader))
     selection = Selection(fit)
     every = 1 if fit.needs_validation else run.validate_every
