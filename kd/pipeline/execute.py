@@ -38,7 +38,10 @@ def check(plans: list[Plan], store: Store, run: Run) -> None:
         InputError: at the first that cannot run.
     """
     from kd.stages import Room
+    from kd.stages.base import Company
+    from kd.training.turns import Turns
 
+    company = Company(Turns())
     seen: set[str] = set()
     for plan in plans:
         stages: dict[str, Any] = {}
@@ -50,7 +53,7 @@ def check(plans: list[Plan], store: Store, run: Run) -> None:
             if artifact is None and shape not in seen:
                 seen.add(shape)
                 inputs = {role: stages[key] for role, key in node.inputs.items()}
-                stages[node.key].check(inputs, Room(run, store.work(node.key)))
+                stages[node.key].check(inputs, Room(run, store.work(node.key), company=company))
 
 
 def execute(

@@ -139,7 +139,8 @@ class Distil:
         if isinstance(teacher, Artifact):
             from kd.models import load
 
-            _rehearse(self.data, self.student, load(teacher.path), self.objective, self.fit, room)
+            net = room.once(("teacher", teacher.key), lambda: load(teacher.path))
+            _rehearse(self.data, self.student, net, self.objective, self.fit, room)
         elif isinstance(teacher, Train):
             _rehearse(self.data, self.student, teacher.model, self.objective, self.fit, room)
         else:
@@ -288,11 +289,25 @@ def _rehearse(
 
     check_precision(Fit(**fit), room.run)
     terms = build_objective(objective, room)
-    student = build(model, data, None, 0, room)
-    configure(Fit(**fit), 1)(list(student.parameters()))
-    net = build(teacher, data, None, 0, room) if isinstance(teacher, dict) else teacher
-    bind(terms, student, net, data)
+
+    def built() -> bool:
+        student = build(model, data, None, 0, room)
+        configure(Fit(**fit), 1)(list(student.parameters()))
+        net = build(teacher, data, None, 0, room) if isinstance(teacher, dict) else teacher
+        bind(terms, student, net, data)
+        return True
+
+    # What numbers stand in the terms decides nothing about shapes: a sweep over them is bound once.
+    asked = teacher if isinstance(teacher, dict) else id(teacher)
+    names = [data[name] for name in ("channels", "size", "num_classes")]
+    room.once(canonical([_without_numbers(objective), sorted(terms.active), model, asked, names, fit]), built)
     return terms
+
+
+def _without_numbers(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {key: _without_numbers(value) for key, value in node.items()}
+    return None if isinstance(node, (int, float)) and not isinstance(node, bool) else node
 
 
 def _subset(splits: Splits, samples: int | None, seed: int) -> torch.Tensor | None:
