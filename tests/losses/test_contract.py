@@ -16,6 +16,7 @@ import kd.losses
 from kd.errors import InputError
 from kd.losses.feature import Hint
 from kd.losses.logits import CrossEntropy, LogitMSE, SoftTargetCrossEntropy, SoftTargetKL, Standardised
+from kd.losses.relation import CC, CCRBF, PKT, RKD, SP, Embedded
 from kd.losses.response import DIST, DKD, MLKD, NKD, OFA, TTM, WSLD, WTTM, LearnedTemperatureKL
 from kd.losses.self_taught import PSKD, USKD, LabelSmoothing, TfKDReg, TfKDSelf
 
@@ -33,6 +34,8 @@ class Case:
     target: bool = False
     zero_at_identity: bool = False
     feature: tuple[int, ...] | None = None
+    flat: bool = False  # it takes features of any shape as one vector a sample
+    widths: bool = False  # student and teacher may be of two widths
     constants: bool = False  # it has weights made of the student, which its gradient takes as they are
 
     def loss(self, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -78,6 +81,15 @@ LOSSES = [
     Case("tfkd_self", TfKDSelf, zero_at_identity=True),
     Case("pskd", PSKD, target=True),
     Case("uskd", USKD, teacher=None, target=True, feature=(8, 3, 4, 4), constants=True),
+    Case("sp", SP, zero_at_identity=True, flat=True, widths=True),
+    Case("sp of maps", SP, (8, 3, 4, 4), (8, 5, 2, 2), flat=True, widths=True),
+    Case("cc", CC, zero_at_identity=True, flat=True),
+    Case("cc embedded", lambda: Embedded(CC(), 4), (8, 3, 2, 2), (8, 6), flat=True),
+    Case("cc_rbf", lambda: CCRBF(gamma=0.05), zero_at_identity=True, flat=True, widths=True),
+    Case("cc_rbf embedded", lambda: Embedded(CCRBF(gamma=0.05), 4), (8, 3), (8, 6), flat=True),
+    Case("rkd", RKD, zero_at_identity=True, flat=True, widths=True),
+    Case("pkt", PKT, zero_at_identity=True, flat=True, widths=True),
+    Case("pkt of two widths", PKT, (8, 3), (8, 5), flat=True, widths=True),
     Case("hint of maps", Hint, (8, 3, 4, 4), (8, 5, 2, 2)),
     Case("hint of vectors", Hint, (8, 3), (8, 5)),
 ]
@@ -177,7 +189,10 @@ def test_an_empty_batch_is_refused_in_one_line(case: Case) -> None:
 @with_teacher
 def test_a_teacher_of_another_batch_or_width_is_refused_in_one_line(case: Case) -> None:
     views = case.views()
-    for teacher in (views["teacher"][1:], views["teacher"][:, 1:], views["teacher"][..., None]):
+    others = [views["teacher"][1:]]
+    others += [] if case.widths else [views["teacher"][:, 1:]]
+    others += [] if case.flat else [views["teacher"][..., None]]
+    for teacher in others:
         with pytest.raises(InputError) as caught:
             case.loss()(**views | {"teacher": teacher})
         assert "\n" not in str(caught.value)
