@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +21,16 @@ from kd.losses.logits import CrossEntropy, LogitMSE, SoftTargetCrossEntropy, Sof
 from kd.losses.relation import CC, CCRBF, PKT, RKD, SP, Embedded
 from kd.losses.response import DIST, DKD, MLKD, NKD, OFA, TTM, WSLD, WTTM, LearnedTemperatureKL
 from kd.losses.self_taught import PSKD, USKD, LabelSmoothing, TfKDReg, TfKDSelf
+from kd.losses.sequence import (
+    ForwardKL,
+    GeneralisedJSD,
+    ReverseKL,
+    SkewForwardKL,
+    SkewReverseKL,
+    SymmetricKL,
+    TopKKL,
+    TotalVariation,
+)
 
 Views = dict[str, Tensor]
 
@@ -54,10 +66,14 @@ class Case:
         # Rounded first, so that each precision is given the same numbers.
         views = {name: value.bfloat16().to(dtype) for name, value in views.items()}
         if self.target:
-            views["target"] = torch.arange(self.student[0]) % self.student[1]
+            leading, classes = self.student[:-1], self.student[-1]
+            views["target"] = (torch.arange(math.prod(leading)) % classes).reshape(leading)
+            if len(leading) == 2:
+                views["target"][:, -1] = -100  # tokens that do not count
         return views
 
 
+TOKENS: dict[str, Any] = {"student": (4, 3, 5), "teacher": (4, 3, 5), "target": True}
 LOSSES = [
     Case("ce", CrossEntropy, teacher=None, target=True),
     Case("kd", lambda: SoftTargetKL(4.0), zero_at_identity=True),
@@ -90,6 +106,18 @@ LOSSES = [
     Case("rkd", RKD, zero_at_identity=True, flat=True, widths=True),
     Case("pkt", PKT, zero_at_identity=True, flat=True, widths=True),
     Case("pkt of two widths", PKT, (8, 3), (8, 5), flat=True, widths=True),
+    Case("forward_kl", ForwardKL, zero_at_identity=True),
+    Case("forward_kl of sequences", lambda: ForwardKL(2.0), zero_at_identity=True, **TOKENS),
+    Case("reverse_kl", lambda: ReverseKL(2.0), zero_at_identity=True, **TOKENS),
+    Case("symmetric_kl", SymmetricKL, zero_at_identity=True, **TOKENS),
+    Case("jsd", GeneralisedJSD, zero_at_identity=True, **TOKENS),
+    Case("jsd at 0", lambda: GeneralisedJSD(beta=0.0), zero_at_identity=True, **TOKENS),
+    Case("jsd at 1", lambda: GeneralisedJSD(beta=1.0), zero_at_identity=True, **TOKENS),
+    Case("skew_forward_kl", SkewForwardKL, zero_at_identity=True, **TOKENS),
+    Case("skew_reverse_kl", SkewReverseKL, zero_at_identity=True, **TOKENS),
+    Case("total_variation", TotalVariation, zero_at_identity=True, **TOKENS),
+    Case("top_k_kl", lambda: TopKKL(3), **TOKENS),
+    Case("top_k_kl with a tail", lambda: TopKKL(3, tail=True), zero_at_identity=True, **TOKENS),
     Case("hint of maps", Hint, (8, 3, 4, 4), (8, 5, 2, 2)),
     Case("hint of vectors", Hint, (8, 3), (8, 5)),
 ]
