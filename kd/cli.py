@@ -458,9 +458,51 @@ def bench_step(
 
     Example: kd bench step data=mnist
     """
-    from kd.benching import bench_step as measure
+    from kd.benching.step import bench_step as measure
 
     rows, table = measure(words or [], rounds, steps)
+    _json(rows) if as_json else _print(table)
+
+
+@bench.command("labels")
+def bench_labels(
+    words: Words = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds of each pass.")] = 5,
+    samples: Annotated[int, typer.Option(min=1, help="Samples a round; two views of each.")] = 1024,
+    compiled: Annotated[bool, typer.Option("--compiled", help="Time a compiled teacher too.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Samples a second of the teacher's pass over views, beside a bare loop; interleaved, medians and ratios.
+
+    Example: kd bench labels data=synthetic teacher.name=cifar_resnet32x4
+    """
+    from kd.benching.labels import bench_labels as measure
+
+    rows, table = measure(words or [], rounds, samples, compiled)
+    _json(rows) if as_json else _print(table)
+
+
+@bench.command("sweep")
+def bench_sweep(
+    words: Words = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of an epoch.")] = 8,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of a student.")] = 2,
+    lone: Annotated[int, typer.Option(min=1, help="How many of the lone runs to run.")] = 16,
+    counts: Annotated[str, typer.Option("--jobs", help="Jobs of a sweep, e.g. 1,4,16.")] = "1,4,16",
+    launcher: Annotated[str, typer.Option(help="packed, basic or joblib.")] = "packed",
+    as_json: Json = False,
+) -> None:
+    """Wall and CPU seconds of a 4x4 sweep: lone runs with a live teacher, ours, and a bare script's floor.
+
+    Example: kd bench sweep teacher.name=cifar_resnet32x4 student.name=cifar_resnet8x4
+    """
+    from kd.benching.sweep import bench_sweep as measure
+
+    try:
+        numbers = [int(word) for word in counts.split(",")]
+    except ValueError as error:
+        raise InputError(f"--jobs {counts}: give numbers of jobs, e.g. 1,4,16") from error
+    rows, table = measure(words or [], steps, epochs, lone, numbers, launcher)
     _json(rows) if as_json else _print(table)
 
 

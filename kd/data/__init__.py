@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from kd.data.source import CIFAR10, CIFAR100, MNIST, Digits, FashionMNIST, HubImages, ImageFolder, Source
+from kd.data.source import CIFAR10, CIFAR100, MNIST, Digits, FashionMNIST, HubImages, ImageFolder, Source, Synthetic
 
 if TYPE_CHECKING:
     from kd.data.split import Split, Splits
@@ -20,6 +20,7 @@ __all__ = [
     "Source",
     "Split",
     "Splits",
+    "Synthetic",
 ]
 
 

@@ -286,6 +286,13 @@ class StoredLabels:
             raise KDError(f"{folder} holds no view {missing[0]} of {views}; remove it with `kd rm`, and run again")
         return cls(found, ids, wanted, classes=classes, device=device)
 
+    def on(self, device: torch.device) -> StoredLabels:
+        """The same labels, read on another device."""
+        if device != self.device:
+            self.device, self._current = device, -1
+            self._rows = None if self._rows is None else self._rows.to(device)
+        return self
+
     @property
     def views(self) -> int:
         """How many views are stored."""

@@ -323,6 +323,62 @@ class Digits(Source):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Synthetic(Source):
+    """Made-up images that can be learnt, of any shape and number: what benchmarks run on where no data set is.
+
+    Each class has a pattern of 4x4 patches, each sample its class's pattern under noise; all of it follows from
+    ``split_seed``. The id of a sample is its number.
+
+    Args:
+        samples: of train and validation together.
+        test: of the test set.
+    """
+
+    samples: int
+    test: int
+
+    def __post_init__(self) -> None:
+        """Check the counts too."""
+        super().__post_init__()
+        for field in ("num_classes", "channels", "size", "samples", "test"):
+            value = getattr(self, field)
+            if not _number(value) or value < 1 or not float(value).is_integer():
+                raise InputError(f"data.{field}={value!r}: give a whole number, 1 or more")
+
+    def files(self, root: Path) -> list[Path]:
+        """None: the images are made."""
+        return []
+
+    def content_digest(self, root: Path, cache: Path) -> str:
+        """Of what the images are made from."""
+        words = [self.num_classes, self.channels, self.size, self.samples, self.test, self.split_seed]
+        return hashlib.sha256(json.dumps(words).encode()).hexdigest()
+
+    def _train_count(self, root: Path) -> tuple[int, bool]:
+        return int(self.samples), False
+
+    def _read(self, root: Path, memory_bytes: int, cache: Path | None) -> tuple[dict[str, Split], tuple[str, ...]]:
+        import numpy as np
+
+        from kd.data.split import held
+
+        shape = (int(self.num_classes), int(self.channels), 4, 4)
+        # Philox: its numbers are the same in every version and on every machine.
+        patterns = np.random.Generator(np.random.Philox(key=[int(self.split_seed), 0])).random(shape)
+        parts, first = {}, 0
+        for number, (part, count) in enumerate((("train", int(self.samples)), ("test", int(self.test)))):
+            draw = np.random.Generator(np.random.Philox(key=[int(self.split_seed), number + 1]))
+            ids = np.arange(first, first + count, dtype=np.int64)
+            targets = ids % shape[0]
+            scale = -(-int(self.size) // 4)
+            images = patterns[targets].repeat(scale, axis=2).repeat(scale, axis=3)[..., : self.size, : self.size]
+            noise = draw.random((count, shape[1], int(self.size), int(self.size)), dtype=np.float32)
+            parts[part] = held(((images + noise) * 127.5).astype(np.uint8), targets, ids)
+            first += count
+        return parts, tuple(str(i) for i in range(shape[0]))
+
+
+@dataclass(frozen=True, kw_only=True)
 class MNIST(Source):
     """60,000 and 10,000 handwritten digits, 28x28 grey, in the IDX files of ``MNIST/raw``, plain or ``.gz``.
 

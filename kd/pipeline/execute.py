@@ -129,7 +129,15 @@ def make(
         environment = environment_print()
         _same_maker(work, {"code": code_print()["digest"], **{n: environment[n] for n in NUMERIC}}, tell)
         dials = plan.dials if node is plan.nodes[-1] else {}
-        room = Room(run, work, node.key, node.name, sweep, node.document, dials, tell, company)
+        ready: list[float] = []
+
+        def told(event: dict[str, Any]) -> None:
+            if event["event"] != "ready":
+                tell(event)
+            elif not ready:  # at the first epoch's first batch
+                ready.append(time.monotonic() - wall)
+
+        room = Room(run, work, node.key, node.name, sweep, node.document, dials, told, company)
         result = build(node.document, run.trusted).run(inputs, out, room)
         prints = result.pop("fingerprints", {})
         card = {
@@ -145,6 +153,7 @@ def make(
                 "started": started.strftime("%Y-%m-%dT%H:%M:%SZ"),
                 "wall_s": round(time.monotonic() - wall, 3),
                 "cpu_s": round(time.process_time() - cpu, 3),
+                **({"ready_s": round(ready[0], 3)} if ready else {}),
             },
         }
         artifact = store.put(node.key, out, card)

@@ -67,7 +67,9 @@ class Packed:
 
     def launch(self, tasks: Sequence[Task], sweep: str | None, hear: Hear, end: End) -> None:
         """Run all tasks; those that the end of their process left undone are run alone."""
-        packs = list(packs_of(tasks, self.together))
+        # torch keeps few compiled forms of one class in a process, and runs the rest as they are: other bits.
+        compiled = [n for n, task in enumerate(tasks) if task.plan.nodes[-1].config.get("fit", {}).get("compile")]
+        packs = [[number for number in pack if number not in compiled] for pack in packs_of(tasks, self.together)]
         ended: set[int] = set()
 
         def listen(event: Event) -> None:
@@ -81,7 +83,9 @@ class Packed:
         work = [[(number, tasks[number].plan, tasks[number].run) for number in pack] for pack in packs]
         outcome = children.call(run_packed, work, sweep, tell=listen)
         for number, task in enumerate(tasks):
-            if number not in ended:
+            if number in compiled:
+                end(number, _alone(task, sweep, None, number, hear))
+            elif number not in ended:
                 hear(number, {"event": "say", "line": f"the packed process ended ({outcome.get('error')}): on alone"})
                 end(number, _alone(task, sweep, None, number, hear))
 

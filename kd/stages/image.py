@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 POOLED = ":pooled"  # what kd.models.taps calls so; planning does without torch
 CHOSEN = "predictions.safetensors"
+FIT_SINCE = {"fit.channels_last": False, "fit.compile": False}
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Train:
     """Train one network on the labels alone: a teacher, or the student without one."""
 
     VERSION: ClassVar[int] = 1
-    SINCE: ClassVar[dict[str, Any]] = {}
+    SINCE: ClassVar[dict[str, Any]] = {**FIT_SINCE}
 
     model: Config
     data: Config
@@ -81,7 +82,7 @@ class Distil:
     """
 
     VERSION: ClassVar[int] = 1
-    SINCE: ClassVar[dict[str, Any]] = {"views": None, "view_seed": None, "live": False}
+    SINCE: ClassVar[dict[str, Any]] = {**FIT_SINCE, "views": None, "view_seed": None, "live": False}
 
     student: Config
     data: Config
@@ -365,15 +366,23 @@ def _train(
     if "labels" in inputs:
         labels = room.once(
             ("labels", inputs["labels"].key, id(train_split)),
-            lambda: _stored(inputs["labels"], train_split, len(splits.classes), device_of(room.run)),
+            lambda: _stored(inputs["labels"], train_split, len(splits.classes)),
         )
+        # On the CPU still: ranks are forked later, and a process that has touched CUDA cannot be forked.
         two = labels.at(0, torch.arange(2, device=labels.device))
         bind(objective, student, None, data, {name: value.cpu() for name, value in two.items()})
     else:
         teacher = load(inputs["teacher"].path) if "teacher" in inputs else None
         bind(objective, student, teacher, data)
     steps = len(train_split) // fit.batch_size if fit.drop_last else -(-len(train_split) // fit.batch_size)
-    module = Distiller(student, objective, configure(fit, steps), teacher, stored=labels is not None)
+    module = Distiller(
+        student,
+        objective,
+        configure(fit, steps),
+        teacher,
+        stored=labels is not None,
+        channels_last=fit.channels_last,
+    )
     with loggers(
         room.run,
         key=room.key,
@@ -401,6 +410,7 @@ def _train(
         )
         # Shipped in float32, whatever it was trained in: what reads it builds float32 networks.
         student = module.student.float().to(device_of(room.run))
+        student = student.to(memory_format=torch.contiguous_format)
         metrics, chosen = _evaluate(student, _peer(inputs, teacher), splits, data, room)
         content = data_print(data, room)
         student = student.cpu().eval()
@@ -429,12 +439,12 @@ def _train(
     }
 
 
-def _stored(artifact: Artifact, split: Split, classes: int, device: torch.device) -> StoredLabels:
+def _stored(artifact: Artifact, split: Split, classes: int) -> StoredLabels:
     """The labels in an artifact, for the samples of a split."""
     from kd.data.labels import StoredLabels
 
     views = artifact.card["document"]["config"].get("views")
-    return StoredLabels.open(artifact.path, split.ids.cpu(), classes, views, device)
+    return StoredLabels.open(artifact.path, split.ids.cpu(), classes, views)
 
 
 def _peer(inputs: Mapping[str, Artifact], teacher: Normalised | None) -> Normalised | torch.Tensor | None:

@@ -16,6 +16,7 @@ from kd.errors import KDError
 from kd.models import weights_digest
 from kd.store import write_text
 from kd.training.module import Distiller
+from kd.training.ranks import alone, averaged
 from kd.training.seeds import seed_step
 from kd.training.settings import CHECKPOINT, HISTORY, Fit
 
@@ -38,7 +39,7 @@ class Reseed(pl.Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Reseed from the global step, and tell the losses that have a schedule where it stands."""
-        seed_step(self.seed, trainer.global_step)
+        seed_step(self.seed, trainer.global_step, trainer.global_rank)
         _distiller(pl_module).objective.at(trainer.global_step / trainer.num_training_batches, trainer.max_epochs or 1)
 
 
@@ -81,6 +82,8 @@ class Recorder(pl.Callback):
         if trainer.global_step:
             self.resumed.append(trainer.global_step)
         self.sound = trainer.global_step
+        if not trainer.is_global_zero:
+            return
         kept = []
         for line in self.path.read_text().splitlines() if self.path.exists() else ():
             try:
@@ -101,6 +104,10 @@ class Recorder(pl.Callback):
         """Add the step to the epoch's sums, watch for numbers that are not finite, log where due."""
         module, step = _distiller(pl_module), trainer.global_step
         total = outputs["loss"].detach()
+        if not alone():
+            names = list(module.parts)
+            total, *parts = averaged(torch.stack([total, *(module.parts[n].detach() for n in names)])).unbind()
+            module.parts = dict(zip(names, parts, strict=True))
         for name, value in {"loss": total, **module.parts}.items():
             if name in self.sums:
                 self.sums[name] = self.sums[name].to(value.device).add_(value.detach())
@@ -167,6 +174,8 @@ class Recorder(pl.Callback):
 
     def write(self, trainer: pl.Trainer, step: int, row: Mapping[str, Any]) -> None:
         """One line into the record, then to the loggers."""
+        if not trainer.is_global_zero:
+            return
         with self.path.open("a", buffering=1) as file:
             file.write(json.dumps({"step": step, **row}) + "\n")
         for logger in trainer.loggers:
@@ -232,12 +241,13 @@ class Checkpoint(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Write if it is time."""
-        if time.monotonic() - self.last >= self.seconds and not trainer.is_last_batch:
+        # Ranks write together or wait for ever, and their clocks differ.
+        if time.monotonic() - self.last >= self.seconds and not trainer.is_last_batch and alone():
             self.write(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write at the epoch's end if it is time, or the epoch was long enough to be worth it."""
-        if time.monotonic() - self.last >= min(self.seconds, 5.0):
+        if not alone() or time.monotonic() - self.last >= min(self.seconds, 5.0):
             self.write(trainer, pl_module)
 
     def write(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -245,7 +255,8 @@ class Checkpoint(pl.Callback):
         self.recorder.check_weights(_distiller(pl_module), trainer.global_step)
         temporary = self.path.with_suffix(".tmp")
         trainer.save_checkpoint(temporary)
-        temporary.replace(self.path)
+        if trainer.is_global_zero:
+            temporary.replace(self.path)
         self.last = time.monotonic()
 
 

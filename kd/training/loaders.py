@@ -44,6 +44,7 @@ class EpochLoader:
         views: views of a sample before the first comes again; None: another in each epoch.
         view_seed: of augmentation.
         labels: a teacher's stored outputs for the same views.
+        part: (rank, ranks): each rank is given its share of every batch.
         position: asked at the first batch of a pass for (epoch, first batch); None always means (0, 0).
 
     Raises:
@@ -71,6 +72,7 @@ class EpochLoader:
         view_seed: int | None = None,
         labels: StoredLabels | None = None,
         position: Callable[[], tuple[int, int]] | None = None,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
         if batch_size < 1:
             raise InputError(f"fit.batch_size={batch_size}: give 1 or more")
@@ -82,7 +84,7 @@ class EpochLoader:
         self.batch_size, self.seed, self.augment, self.size = batch_size, seed, augment, size
         self.shuffle, self.drop_last, self.workers, self.position = shuffle, drop_last, workers, position
         self.views, self.view_seed, self.labels = views, seed if view_seed is None else view_seed, labels
-        self.device = torch.device(device)
+        self.device, self.part = torch.device(device), part
         self._paths, self._side, self._channels = split.paths, split.side, split.channels
         self._images = None if split.images is None else split.images.to(self.device)
         self._targets, self._ids = split.targets.to(self.device), split.ids.to(self.device)
@@ -110,7 +112,9 @@ class EpochLoader:
         order = self.order(epoch)
         view = epoch if self.views is None else epoch % self.views
         spans = [slice(i * self.batch_size, (i + 1) * self.batch_size) for i in range(first, len(self))]
-        for rows, ids, images in self.raw([order[span] for span in spans]):
+        rank, ranks = self.part
+        shares = [slice(len(order[s]) * rank // ranks, len(order[s]) * (rank + 1) // ranks) for s in spans]
+        for rows, ids, images in self.raw([order[span][share] for span, share in zip(spans, shares, strict=True)]):
             batch = {
                 "image": self.seen(images, ids, view),
                 "target": self._targets.index_select(0, rows),

@@ -25,6 +25,7 @@ class Distiller(pl.LightningModule):
         objective: the weighted terms, bound to their shapes.
         optimisers: from trainable parameters to what `configure_optimizers` returns.
         teacher: runs frozen on each batch where a term needs it.
+        channels_last: give images to both networks with the channels innermost.
         stored: whether batches bring what the teacher said of them before, so that it need not run.
     """
 
@@ -35,6 +36,7 @@ class Distiller(pl.LightningModule):
         optimisers: Callable[[list[torch.nn.Parameter]], dict[str, Any]],
         teacher: Normalised | None = None,
         stored: bool = False,
+        channels_last: bool = False,
     ) -> None:
         """Install the taps: before any compilation, or hooks never fire."""
         super().__init__()
@@ -44,6 +46,11 @@ class Distiller(pl.LightningModule):
         if live and teacher is None:
             raise ValueError("a term of the objective needs a teacher, and there is neither a teacher nor its labels")
         self.stored = objective.needs_teacher and stored
+        self.channels_last = channels_last
+        if channels_last:
+            for net in (student, teacher):
+                if net is not None:
+                    net.to(memory_format=torch.channels_last)
         self.teacher = Frozen(teacher) if live and teacher is not None else None
         self.teacher_taps = Taps(teacher.net, objective.paths("teacher")) if live and teacher is not None else None
         self.parts: dict[str, Tensor] = {}
@@ -65,14 +72,30 @@ class Distiller(pl.LightningModule):
 
     def views(self, batch: Batch) -> dict[str, Tensor]:
         """The named tensors that terms bind to."""
-        views = {"batch.target": batch["target"], "student.logits": self.student(batch["image"])}
+        images = self._laid(batch["image"])
+        views = {"batch.target": batch["target"], "student.logits": self.student(images)}
         views.update({f"student.{path}": value for path, value in self.student_taps.pop().items()})
         if self.stored:
             views.update({name: value for name, value in batch.items() if name.startswith("teacher.")})
         elif self.teacher is not None and self.teacher_taps is not None:
-            views["teacher.logits"] = self.teacher(batch["image"])
+            views["teacher.logits"] = self.teacher(images)
             views.update({f"teacher.{path}": value for path, value in self.teacher_taps.pop().items()})
         return views
+
+    def _laid(self, images: Tensor) -> Tensor:
+        return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
+
+    def compile_nets(self) -> None:
+        """Compile student and teacher in place: paths, taps and state stay as they are."""
+        self.student.compile()
+        if self.teacher is not None:
+            self.teacher.module.compile()
+
+    def plain_nets(self) -> None:
+        """Leave compilation behind: what judges and stores the student runs it as it was built."""
+        for net in (self.student, None if self.teacher is None else self.teacher.module):
+            if net is not None:
+                net._compiled_call_impl = None
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The weighted sum of the terms; the parts stay in `parts` for whoever records them."""
@@ -96,7 +119,7 @@ class Distiller(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Keep the logits; metrics are made of the whole split."""
-        self.seen.append((self.student(batch["image"]), batch["target"]))
+        self.seen.append((self.student(self._laid(batch["image"])), batch["target"]))
         self.student_taps.pop()  # else the last batch's features stay alive
 
     def on_validation_epoch_end(self) -> None:

@@ -27,14 +27,14 @@ def seed_all(seed: int, *position: int | str) -> None:
     torch.manual_seed(number)
 
 
-def seed_step(seed: int, step: int) -> None:
-    """Set torch's generators before a step, so that dropout does not know what ran before.
+def seed_step(seed: int, step: int, rank: int = 0) -> None:
+    """Set torch's generators before a step, so that dropout does not know what ran before; each rank has its own.
 
     ``torch.manual_seed`` would format a stack trace for each device that is not in use, at every step.
     """
     import torch
 
-    number = mix(seed, "step", step)
+    number = mix(seed, "step", step) if rank == 0 else mix(seed, "step", step, "rank", rank)
     torch.default_generator.manual_seed(number)
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.manual_seed_all(number)

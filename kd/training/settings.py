@@ -94,6 +94,8 @@ class Fit:
     patience: int | None = None
     precision: str = "32-true"
     deterministic: bool = True
+    channels_last: bool = False
+    compile: bool = False
 
     def __post_init__(self) -> None:
         """Check each range.
@@ -127,6 +129,7 @@ class Run:
     store: str = ".kd"
     data_dir: str = "~/.cache/kd/data"
     accelerator: str = "auto"
+    devices: int = 1
     workers: int = 2
     memory_gb: float = 2.0
     validate_every: int = 1
@@ -147,6 +150,7 @@ class Run:
         """
         one_of("run.accelerator", self.accelerator, ("auto", "cpu", "gpu"))
         one_of("run.wandb", self.wandb, WANDB)
+        require(self.devices >= 1, "run.devices", self.devices, "1 or more")
         require(self.workers >= 0, "run.workers", self.workers, "0 or more")
         require(self.memory_gb >= 0, "run.memory_gb", self.memory_gb, "0 or more")
         require(self.validate_every >= 0, "run.validate_every", self.validate_every, "0 (never) or more epochs")

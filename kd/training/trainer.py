@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import pickle
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -24,10 +26,13 @@ from kd.training.callbacks import Checkpoint, Progress, Recorder, Reseed, Select
 from kd.training.loaders import EpochLoader
 from kd.training.loop import install
 from kd.training.module import Distiller
+from kd.training.ranks import check as check_ranks
+from kd.training.ranks import spread, strategy
 from kd.training.settings import CHECKPOINT, Fit, Run
 from kd.training.turns import Shared, Turns
 
 EVALUATION_BATCH = 512
+_COMPILERS = (os.environ.get("CXX", ""), "g++", "clang++")
 
 
 @dataclass
@@ -65,11 +70,15 @@ def check_precision(fit: Fit, run: Run) -> None:
     """
     if fit.precision == "16-mixed" and device_of(run).type == "cpu":
         raise InputError("fit.precision=16-mixed needs a GPU; on the CPU use bf16-mixed or 32-true")
+    if fit.compile and device_of(run).type == "cpu" and not any(map(shutil.which, _COMPILERS)):
+        raise InputError(
+            f"fit.compile=true needs a C++ compiler ({' or '.join(filter(None, _COMPILERS))}); install one, or leave it"
+        )
 
 
-def evaluation_loader(split: Split, size: int, run: Run) -> EpochLoader:
-    """All of a split in its own order, unaugmented."""
-    return EpochLoader(split, EVALUATION_BATCH, size=size, device=device_of(run), workers=run.workers)
+def evaluation_loader(split: Split, size: int, run: Run, device: torch.device | None = None) -> EpochLoader:
+    """All of a split in its own order, unaugmented, on the run's device or another."""
+    return EpochLoader(split, EVALUATION_BATCH, size=size, device=device or device_of(run), workers=run.workers)
 
 
 def train(
@@ -97,7 +106,7 @@ def train(
         KDError: if the loss is not finite.
     """
     check_precision(fit, run)
-    train_split, validation = data
+    train_split = data[0]
     if len(train_split) < fit.batch_size and fit.drop_last:
         raise InputError(
             f"fit.batch_size={fit.batch_size} is larger than the {len(train_split)} training samples; "
@@ -108,10 +117,54 @@ def train(
             f"fit.batch_size={fit.batch_size} leaves a last batch of one sample, which batch normalisation cannot "
             "learn from; change it by one, or set fit.drop_last=true"
         )
+    gpu = device_of(run).type == "cuda"
+    check_ranks(run.devices, fit.batch_size, fit.drop_last, gpu)
+    place = _Place(seed, size, augment, work, views, view_seed, labels, turns)
+    with spread(run.devices, tell) as rank:
+        if rank:
+            return _fit(module, data, fit, run, place, lambda event: None, None, watching, rank)
+        return _fit(module, data, fit, run, place, tell, loggers, watching, 0)
+
+
+@dataclass
+class _Place:
+    """What the batches are made of, and where a training works."""
+
+    seed: int
+    size: int
+    augment: str
+    work: Path
+    views: int | None
+    view_seed: int | None
+    labels: StoredLabels | None
+    turns: Turns | None
+
+
+def _fit(
+    module: Distiller,
+    data: tuple[Split, Split],
+    fit: Fit,
+    run: Run,
+    place: _Place,
+    tell: Callable[[dict[str, Any]], None],
+    loggers: list[Logger] | None,
+    watching: Sequence[pl.Callback],
+    rank: int,
+) -> Trace:
+    """The training of one rank."""
+    train_split, validation = data
+    work = place.work
+    device = device_of(run)
+    gpu = device.type == "cuda"
+    if gpu and run.devices > 1:
+        device = torch.device("cuda", rank)
+        torch.cuda.set_device(device)
+    labels = None if place.labels is None else place.labels.on(device)
     trainer: pl.Trainer
     loader: EpochLoader | Shared
 
     def position() -> tuple[int, int]:
+        tell({"event": "ready"})
         # From the step alone: what Lightning keeps of its own position is not needed to resume.
         return divmod(trainer.global_step, len(loader))
 
@@ -119,34 +172,35 @@ def train(
         return EpochLoader(
             train_split,
             fit.batch_size,
-            seed=seed,
-            augment=augment,
-            size=size,
+            seed=place.seed,
+            augment=place.augment,
+            size=place.size,
             shuffle=True,
             drop_last=fit.drop_last,
-            device=device_of(run),
+            device=device,
             workers=run.workers,
-            views=views,
-            view_seed=view_seed,
+            views=place.views,
+            view_seed=place.view_seed,
             labels=labels,
             position=position,
+            part=(rank, run.devices),
         )
 
+    turns = place.turns
     if turns is None:
         loader = make(position)
     else:
         # The split and the labels are one object for all jobs that read the same.
-        words = (fit.batch_size, seed, augment, size, fit.drop_last, views, view_seed)
+        words = (fit.batch_size, place.seed, place.augment, place.size, fit.drop_last, place.views, place.view_seed)
         loader = turns.shared((id(train_split), id(labels), *words), lambda: make(None), position)
     recorder = Recorder(work, run.log_every, len(loader))
     selection = Selection(fit)
     every = 1 if fit.needs_validation else run.validate_every
-    gpu = device_of(run).type == "cuda"
     # Filling fresh memory costs a write a tensor and hides no error here.
     setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010
     together = Together(
         [
-            Reseed(seed),
+            Reseed(place.seed),
             recorder,
             selection,
             Progress(tell, fit.epochs * len(loader)),
@@ -157,7 +211,9 @@ def train(
     with quiet():
         trainer = pl.Trainer(
             accelerator="gpu" if gpu else "cpu",
-            devices=1,
+            devices=run.devices,
+            strategy="auto" if run.devices == 1 else strategy(gpu),
+            sync_batchnorm=run.devices > 1 and gpu,
             precision=fit.precision,  # type: ignore[arg-type]
             max_epochs=fit.epochs,
             gradient_clip_val=fit.clip,
@@ -176,14 +232,17 @@ def train(
             callbacks=[together],
         )
         install(trainer, together)
+        if fit.compile:
+            module.compile_nets()
         resumed = resumable(work, tell)
         started = time.monotonic()
         trainer.fit(
             module,
             loader,
-            evaluation_loader(validation, size, run),
+            evaluation_loader(validation, place.size, run, device),
             ckpt_path=str(work / CHECKPOINT) if resumed is not None else None,
         )
+    module.plain_nets()
     if resumed is not None and recorder.resumed[-1:] != [resumed]:
         recorder.resumed.append(resumed)  # nothing was left to train, so the recorder was not called
     selection.restore(module)

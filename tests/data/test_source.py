@@ -640,3 +640,24 @@ def test_real_cifar100_shards(data_dir: Path, tmp_path: Path) -> None:
     assert table.names is not None and table.names[:2] == ("apple", "aquarium_fish")
     images = readers.decode_all(islice(table.blobs(), 1_000), 1_000, 32, 3, "decoding")
     assert np.abs(images.mean((0, 2, 3)) / 255 - cifar.mean).max() < 0.02
+
+
+def test_synthetic_images_follow_from_their_seed_and_can_be_told_apart(tmp_path):
+    from kd.data import Synthetic
+
+    def made(**more):
+        fields = {"name": "s", "version": 1, "num_classes": 3, "channels": 3, "size": 10, "samples": 60, "test": 30,
+                  "mean": [0.5] * 3, "std": [0.25] * 3, "validation": 9, "augment": "crop_flip", **more}  # fmt: skip
+        return Synthetic(**fields)
+
+    first, again, other = made().load(tmp_path), made().load(tmp_path), made(split_seed=1).load(tmp_path)
+    assert [len(part) for part in (first.train, first.validation, first.test)] == [51, 9, 30]
+    assert made().training_samples(tmp_path) == 51 and made().files(tmp_path) == []
+    assert first.train.images.equal(again.train.images) and not first.test.images.equal(other.test.images)
+    assert made().content_digest(tmp_path, tmp_path) != made(samples=61).content_digest(tmp_path, tmp_path)
+    assert set(first.train.ids.tolist()).isdisjoint(first.test.ids.tolist())
+    means = [first.train.images[first.train.targets == k].float().mean(0) for k in range(3)]
+    distance = [((first.test.images.float() - mean) ** 2).mean((1, 2, 3)) for mean in means]
+    assert torch.stack(distance).argmin(0).equal(first.test.targets)
+    with pytest.raises(InputError, match=r"data\.samples=0"):
+        made(samples=0)

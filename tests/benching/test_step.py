@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kd.benching import LOOPS, RATIOS, WARM, Clock, _summary, bench_step
+from kd.benching.step import LOOPS, RATIOS, WARM, Clock, _summary, bench_step
 from kd.errors import InputError
 from tests.shelf import text
 

@@ -1,4 +1,4 @@
-"""`kd bench`: what our machinery costs beside a bare loop; interleaved rounds, medians, ratios within one run."""
+"""`kd bench step`: what the training loop costs beside a bare one; interleaved rounds, medians, ratios of one run."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""`kd bench`: what our machinery costs beside bare loops; ratios within one run, medians."""
