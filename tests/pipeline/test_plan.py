@@ -37,8 +37,8 @@ def test_a_sweep_over_temperature_alpha_and_seed_has_one_teacher(tmp_path):
 
 OTHER = {
     "store": None, "data_dir": None, "accelerator": "cpu", "devices": 2, "workers": 0, "memory_gb": 0.5,
-    "validate_every": 2, "log_every": 7, "checkpoint_seconds": 1, "wandb": "offline", "wandb_project": "x", "latency": "true",
-    "progress": "true", "trusted": "[mine]", "logger": None,
+    "validate_every": 2, "log_every": 7, "checkpoint_seconds": 1, "wandb": "offline", "wandb_project": "x",
+    "latency": "true", "progress": "true", "trusted": "[mine]", "logger": None,
 }  # fmt: skip
 
 
