@@ -16,6 +16,7 @@ from kd.instantiate import resolve
 from kd.pipeline.plan import Node, Plan
 from kd.stages.fingerprints import NUMERIC
 from kd.store import Artifact, Store, canonical, short, with_neutral, write_json, write_text
+from kd.training.pruning import Trial
 from kd.training.settings import CHECKPOINT, HISTORY, Run
 
 Tell = Callable[[dict[str, Any]], None]
@@ -49,10 +50,20 @@ def check(plans: list[Plan], store: Store, run: Run) -> None:
                 stages[node.key].check(inputs, Room(run, store.work(node.key)))
 
 
-def execute(plan: Plan, store: Store, run: Run, tell: Tell = lambda event: None, sweep: str | None = None) -> list[str]:
+def execute(
+    plan: Plan,
+    store: Store,
+    run: Run,
+    tell: Tell = lambda event: None,
+    sweep: str | None = None,
+    trial: Trial | None = None,
+) -> list[str]:
     """Run the missing stages of one plan in order; returns the names of those that this call ran.
 
+    The last stage reports its epochs to ``trial``, if one is given.
+
     Raises:
+        Pruned: if the trial gives the last stage up.
         KDError: if a stage fails; what was finished stays, what was begun can be resumed.
     """
     ran = []
@@ -76,13 +87,15 @@ def execute(plan: Plan, store: Store, run: Run, tell: Tell = lambda event: None,
                     }
                 )
             tell({"event": "start", "stage": node.name, "key": node.key})
-            make(node, plan, store, run, tell, sweep)
+            make(node, plan, store, run, tell, sweep, trial if node is plan.nodes[-1] else None)
             ran.append(node.name)
             tell({"event": "done", "stage": node.name, "key": node.key})
     return ran
 
 
-def make(node: Node, plan: Plan, store: Store, run: Run, tell: Tell, sweep: str | None) -> Artifact:
+def make(
+    node: Node, plan: Plan, store: Store, run: Run, tell: Tell, sweep: str | None, trial: Trial | None = None
+) -> Artifact:
     """Run one stage and put its artifact; the caller holds the lock.
 
     Raises:
@@ -105,7 +118,7 @@ def make(node: Node, plan: Plan, store: Store, run: Run, tell: Tell, sweep: str 
         environment = environment_print()
         _same_maker(work, {"code": code_print()["digest"], **{n: environment[n] for n in NUMERIC}}, tell)
         dials = plan.dials if node is plan.nodes[-1] else {}
-        room = Room(run, work, node.key, node.name, sweep, node.document, dials, tell)
+        room = Room(run, work, node.key, node.name, sweep, node.document, dials, tell, trial)
         result = build(node.document, run.trusted).run(inputs, out, room)
         prints = result.pop("fingerprints", {})
         card = {

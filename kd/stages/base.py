@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from kd.store import Artifact
+from kd.training.pruning import Trial
 from kd.training.settings import Run
 
 Event = dict[str, Any]
@@ -25,6 +26,7 @@ class Room:
     document: Mapping[str, Any] = field(default_factory=dict)
     dials: Mapping[str, Any] = field(default_factory=dict)
     tell: Callable[[Event], None] = lambda event: None
+    trial: Trial | None = None
 
     @property
     def data_dir(self) -> Path:
