@@ -18,8 +18,6 @@ from kd.pipeline.plan import plan
 from kd.training.settings import Fit, Run
 
 if TYPE_CHECKING:
-    import torch
-
     from kd.data import Split
 
 WARM = 20  # steps before the clock starts
@@ -95,10 +93,11 @@ def _summary(seconds: dict[str, list[float]], steps: int) -> tuple[dict[str, Any
 def _loops(stage: dict[str, Any], config: dict[str, Any], run: Run, steps: int) -> dict[str, Callable[[], float]]:
     import torch
 
+    from kd.data.labels import StoredLabels
     from kd.losses.logits import CrossEntropy
     from kd.objective import Objective, Term
     from kd.stages.base import Room
-    from kd.stages.image import _bind, _build, _load, _logits, _objective
+    from kd.stages.image import bind, build, build_objective, load_data, logits_of
     from kd.training.callbacks import EachStep
     from kd.training.loaders import EpochLoader
     from kd.training.module import Distiller
@@ -108,7 +107,7 @@ def _loops(stage: dict[str, Any], config: dict[str, Any], run: Run, steps: int) 
     if "student" not in stage:
         raise InputError("kd bench step compares with a teacher; use pipeline=distil")
     data, fit = stage["data"], Fit(**{**stage["fit"], "epochs": 1, "samples": None, "select": "last", "patience": None})
-    splits = _load(data, Room(run, Path()))
+    splits = load_data(data, Room(run, Path()))
     wanted = (WARM + steps) * fit.batch_size
     if wanted > len(splits.train):
         raise InputError(
@@ -118,12 +117,12 @@ def _loops(stage: dict[str, Any], config: dict[str, Any], run: Run, steps: int) 
     split = splits.train.subset(torch.arange(wanted))
     room = Room(run, Path())
     device = device_of(run)
-    teacher = _build(config["teacher"], data, splits, 0, room)
-    labels = _logits(teacher, split, data, room)
+    teacher = build(config["teacher"], data, splits, 0, room)
+    labels = logits_of(teacher, split, data, room)
     augment = data["augment"]
 
     def student() -> Any:
-        return _build(stage["student"], data, splits, 0, room).to(device).train()
+        return build(stage["student"], data, splits, 0, room).to(device).train()
 
     def bare() -> float:
         net, clock = student(), Clock(steps)
@@ -140,18 +139,18 @@ def _loops(stage: dict[str, Any], config: dict[str, Any], run: Run, steps: int) 
             clock.tick()
         return clock.seconds
 
-    def ours(distilled: bool, stored: torch.Tensor | None) -> Callable[[], float]:
+    def ours(distilled: bool, stored: StoredLabels | None) -> Callable[[], float]:
         def measure() -> float:
             net, clock = student(), Clock(steps)
             alone = Objective({"ce": Term(CrossEntropy(), 1.0, "student.logits", target="batch.target")})
-            objective = _objective(stage["objective"], room) if distilled else alone
-            _bind(objective, net, teacher if distilled else None, data)
+            objective = build_objective(stage["objective"], room) if distilled else alone
+            bind(objective, net, teacher if distilled else None, data)
             module = Distiller(
                 net,
                 objective,
                 configure(fit, WARM + steps),
                 teacher if distilled else None,
-                stored if distilled else None,
+                stored=stored is not None,
             )
             with _scratch() as work, quiet():
                 train(
@@ -163,6 +162,7 @@ def _loops(stage: dict[str, Any], config: dict[str, Any], run: Run, steps: int) 
                     size=data["size"],
                     augment=augment,
                     work=work,
+                    labels=stored,
                     tell=lambda event: None,
                     watching=[EachStep(clock.tick)],
                 )
@@ -170,7 +170,12 @@ def _loops(stage: dict[str, Any], config: dict[str, Any], run: Run, steps: int) 
 
         return measure
 
-    return {"a": bare, "b": ours(False, None), "c": ours(True, None), "d": ours(True, labels)}
+    return {
+        "a": bare,
+        "b": ours(False, None),
+        "c": ours(True, None),
+        "d": ours(True, StoredLabels.of(labels, split.ids)),
+    }
 
 
 def _few(split: Split) -> Split:

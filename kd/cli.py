@@ -238,12 +238,14 @@ def plan_(words: Words = None, multirun: Multirun = False, config_dir: ConfigDir
     Example: kd plan -m temperature=1,4,8 data=mnist
     """
     from kd.launch import planned
+    from kd.pipeline.plan import outlook
     from kd.store import Store
     from kd.views import plan_data, plan_view
 
     plans, _, run, _ = planned(words or [], multirun, config_dir)
     store = Store(run.store)
-    _json(plan_data(plans, store)) if as_json else _print(plan_view(plans, store))
+    said = outlook(plans, store, run)
+    _json(plan_data(plans, store, said)) if as_json else _print(plan_view(plans, store, said))
 
 
 @app.command("ls")

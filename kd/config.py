@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -24,12 +24,14 @@ from kd.errors import InputError, nearest, offer
 from kd.instantiate import check_target, signature_errors, targets
 from kd.training.settings import Fit, Run, require, typed
 
-ROOT_KEYS = {"teacher", "student", "data", "loss", "fit", "teacher_fit", "pipeline", "run"}
+ROOT_KEYS = {"teacher", "student", "data", "loss", "fit", "teacher_fit", "labels", "pipeline", "run"}
 DIALS = {"temperature", "alpha", "seed", "teacher_seed"}
 SEVERAL = {"loss", "run/logger"}  # the groups that take a list of options; any other takes one
 # The only forms an interpolation may take outside run/: a path of names, or one minus it.
 _PATH = r"\.*[A-Za-z_]\w*(?:\.\w+|\[\w+\])*"
 _REFERENCE = re.compile(rf"\$\{{\s*({_PATH})\s*\}}|\$\{{complement:\s*(?:\$\{{\s*({_PATH})\s*\}}|[\d.eE+-]+)\s*\}}")
+_WHOLE = re.compile(r"\$\{\s*([A-Za-z_]\w*(?:\.\w+)*)\s*\}")
+_COMPLEMENT = re.compile(r"\$\{complement:\s*\$\{\s*([A-Za-z_]\w*(?:\.\w+)*)\s*\}\s*\}")
 _RESOLVER = re.compile(r"\$\{\s*([\w.]+)\s*:")
 
 
@@ -158,6 +160,8 @@ class _Composer:
             paths.insert(0, f"file://{own}")
         self.folder = folder
         self.bases: dict[tuple[str, ...], DictConfig] = {}
+        self.plains: dict[tuple[str, ...], dict[str, Any]] = {}
+        self.words: dict[str, Override] = {}
         self.groups: dict[tuple[str, ObjectType | None], list[str]] = {}
         self.searchpath = "hydra.searchpath=[" + ",".join(paths) + "]"
 
@@ -241,21 +245,65 @@ class _Composer:
             if whole:
                 return compose("config", overrides=[*overrides, self.searchpath], return_hydra_config=True)
             # Reading files and merging groups is what takes long, and is the same for most jobs of a sweep.
-            parsed = OverridesParser.create().parse_overrides(overrides)
-            late = [isinstance(o.value(), dict) or not self.get_group_options(o.key_or_group, None) for o in parsed]
-            early = tuple(str(o.input_line) for o, is_late in zip(parsed, late, strict=True) if not is_late)
-            if early not in self.bases:
-                self.bases[early] = compose("config", overrides=[*early, self.searchpath])
-            config = copy.deepcopy(self.bases[early])
+            early, late = self.parted(overrides)
+            config = copy.deepcopy(self.base(early))
             # As Hydra itself does once the groups are merged.
-            ConfigLoaderImpl._apply_overrides_to_config([o for o, yes in zip(parsed, late, strict=True) if yes], config)
+            ConfigLoaderImpl._apply_overrides_to_config(late, config)
             return config
         except Exception as error:  # Hydra, OmegaConf and what they are built on raise as they like
             raise InputError(self.explain(error, overrides)) from error
 
+    def parted(self, overrides: list[str]) -> tuple[tuple[str, ...], list[Override]]:
+        """The words that choose options, and the overrides that set values in what these give."""
+        early, late = [], []
+        for word in overrides:
+            if word not in self.words:
+                (self.words[word],) = OverridesParser.create().parse_overrides([word])
+            one = self.words[word]
+            if isinstance(one.value(), dict) or not self.get_group_options(one.key_or_group, None):
+                late.append(one)
+            else:
+                early.append(str(one.input_line))
+        return tuple(early), late
+
+    def base(self, early: tuple[str, ...]) -> DictConfig:
+        """What the options give before any value is set."""
+        if early not in self.bases:
+            self.bases[early] = compose("config", overrides=[*early, self.searchpath])
+        return self.bases[early]
+
     def job(self, overrides: list[str]) -> Job:
         """One job: composed and checked."""
+        raw = self.quickly(overrides)
+        if raw is not None:
+            return Job(tuple(overrides), checked(raw, lambda: _resolved(raw)))
         return Job(tuple(overrides), check(self.compose(overrides)))
+
+    def quickly(self, overrides: list[str]) -> dict[str, Any] | None:
+        """The unresolved config where each word only sets a plain value that is there; None: Hydra must look.
+
+        A sweep of a thousand jobs differs in nothing else, and Hydra would copy the whole config for each.
+        """
+        try:
+            early, late = self.parted(overrides)
+            if early not in self.plains:
+                base = self.base(early)
+                whole = OmegaConf.to_container(base, resolve=False)
+                assert isinstance(whole, dict)
+                self.plains[early] = {str(k): v for k, v in whole.items()}
+                self.plains[early]["run"] = OmegaConf.to_container(base["run"], resolve=True)
+        except Exception:  # said in full by the long way
+            return None
+        raw = self.plains[early]
+        for one in late:
+            value = one.value()
+            if not (one.type is OverrideType.CHANGE and one.package is None and _simple(value)):
+                return None
+            changed = _with(raw, one.key_or_group.split("."), value)
+            if changed is None:
+                return None
+            raw = changed
+        return raw
 
     def explain(self, error: BaseException, overrides: list[str]) -> str:
         """Hydra's message as one line of ours, with the nearest names."""
@@ -298,6 +346,64 @@ class _Composer:
         return f"{key} holds no such field; to add what is not there write +{key}=…"
 
 
+def _simple(value: Any) -> bool:
+    return value is None or type(value) in (int, float, bool) or (type(value) is str and "${" not in value)
+
+
+def _with(node: Any, path: list[str], value: Any) -> dict[str, Any] | None:
+    """A copy of plain data with one value set that was there and is no mapping or list; None if it is not so."""
+    head, *rest = path
+    if not isinstance(node, dict) or head not in node:
+        return None
+    if rest:
+        inner = _with(node[head], rest, value)
+        return None if inner is None else {**node, head: inner}
+    old = node[head]
+    if isinstance(old, (dict, list)) or (isinstance(old, str) and "${" in old and "." in path):
+        return None
+    return {**node, head: value}
+
+
+def _resolved(raw: dict[str, Any]) -> dict[str, Any]:
+    """Plain data with its references followed: those that `_reference` lets through, as OmegaConf would."""
+
+    def follow(name: str, seen: tuple[str, ...]) -> Any:
+        if name in seen:
+            raise InputError(f"{seen[0]} refers to itself; write its value out")
+        node: Any = raw
+        for part in name.split("."):
+            if not isinstance(node, dict) or part not in node:
+                raise _Unusual
+            node = node[part]
+            if isinstance(node, str) and "${" in node:
+                node = value(node, (*seen, name))
+        return value(node, (*seen, name))
+
+    def value(node: Any, seen: tuple[str, ...]) -> Any:
+        if isinstance(node, dict):
+            return {key: value(inner, seen) for key, inner in node.items()}
+        if isinstance(node, list):
+            return [value(inner, seen) for inner in node]
+        if not isinstance(node, str) or "${" not in node:
+            return node
+        if found := _WHOLE.fullmatch(node):
+            return follow(found[1], seen)
+        if found := _COMPLEMENT.fullmatch(node):
+            return complement(follow(found[1], seen))
+        raise _Unusual
+
+    try:
+        return {key: value(node, ()) for key, node in raw.items()}
+    except (_Unusual, TypeError, ValueError):
+        whole = OmegaConf.to_container(OmegaConf.create(raw), resolve=True)
+        assert isinstance(whole, dict)
+        return {str(key): node for key, node in whole.items()}
+
+
+class _Unusual(Exception):
+    """A reference that OmegaConf itself must follow."""
+
+
 def check(config: DictConfig) -> dict[str, Any]:
     """The composed config against the schema: unknown keys, ranges, open values, interpolations that poison a key.
 
@@ -306,6 +412,15 @@ def check(config: DictConfig) -> dict[str, Any]:
     """
     raw = OmegaConf.to_container(config, resolve=False)
     assert isinstance(raw, dict)
+    return checked(raw, lambda: OmegaConf.to_container(config, resolve=True))
+
+
+def checked(raw: Mapping[Any, Any], resolve: Callable[[], Any]) -> dict[str, Any]:
+    """`check` of a config as plain data; ``resolve`` gives it with its references followed.
+
+    Raises:
+        InputError: at the first thing that is not right.
+    """
     for key in raw:
         if key == "experiments":
             raise InputError("an experiment's file begins with the line `# @package _global_`; this one does not")
@@ -321,7 +436,7 @@ def check(config: DictConfig) -> dict[str, Any]:
         if "${" not in str(raw[name]):
             _number(name, raw[name])
     try:
-        resolved = OmegaConf.to_container(config, resolve=True)
+        resolved = resolve()
     except (OmegaConfBaseException, TypeError, ValueError) as error:
         raise InputError(_first_line(error)) from error
     assert isinstance(resolved, dict)

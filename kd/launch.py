@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ from kd.config import Job, jobs, labels
 from kd.errors import Inconclusive, InputError, KDError
 from kd.pipeline import jobs as children
 from kd.pipeline.execute import record_sweep
-from kd.pipeline.plan import Plan, plan, status
+from kd.pipeline.launchers import Basic, Launcher, Task, shared_plans, split_words
+from kd.pipeline.plan import Plan, outlook, plan, status
 from kd.pipeline.reproduce import Verdict, differences, judge, lineage
 from kd.pipeline.work import check_jobs, run_job
 from kd.stages.fingerprints import code_print
@@ -58,12 +59,13 @@ def say(line: str) -> None:
 
 def planned(words: list[str], multirun: bool, config_dir: str | None) -> tuple[list[Plan], list[Job], Run, bool]:
     """The plans of all jobs a command line asks for."""
-    found, sweep = jobs(words, multirun, config_dir)
+    found, sweep = jobs(split_words(words)[0], multirun, config_dir)
     run = Run(**found[0].config["run"])
     for job in found:
         if Run(**job.config["run"]).store != run.store:
             raise InputError("run.store may not vary within a sweep: its jobs share teachers through the store")
-    return [plan(job.config, job.overrides) for job in found], found, run, sweep
+    plans = [plan(job.config, job.overrides) for job in found]
+    return plans, found, run, sweep
 
 
 def sweep_id(plans: list[Plan]) -> str:
@@ -83,8 +85,10 @@ def launch(
     Raises:
         InputError: before anything runs, if any job is not right.
     """
+    words, launcher = split_words(words)
     plans, configs, run, is_sweep = planned(words, multirun, config_dir)
     store = Store(run.store)
+    outlook(plans, store, run)
     sweep = sweep_id(plans) if is_sweep else None
     runs = [Run(**job.config["run"]) for job in configs]
     missing = [p for p in plans if any(status(n, store) != "hit" for n in p.nodes)]
@@ -96,21 +100,90 @@ def launch(
         if outcome["status"] != "done":
             raise _as_error(outcome)
     names = labels(p.overrides for p in plans) if is_sweep else [""]
-    outcomes: list[dict[str, Any]] = []
+    outcomes: list[dict[str, Any]] = [{"status": "pending", "ran": []} for _ in plans]
     with progress(run.progress) as bars:
-        overall = bars.add_task("sweep", total=len(plans)) if is_sweep else None
-        for i, (one, how, name) in enumerate(zip(plans, runs, names, strict=True)):
-            outcomes.append(_one(one, how, store, sweep, bars, name))
-            if outcomes[-1]["status"] == "failed":
+        show = _Show(bars, plans, names, len(plans) if is_sweep else None)
+
+        def end(number: int, outcome: dict[str, Any]) -> None:
+            outcomes[number] = {**outcome, "ran": show.ran(number)}
+            show.ended(number)
+            if outcome["status"] == "failed":
                 if not is_sweep:
-                    raise _as_error(outcomes[-1])
-                say(f"[red]failed[/] {escape(name or short(one.key))}: {escape(outcomes[-1]['error'])}")
-            if overall is not None:
+                    raise _as_error(outcome)
+                say(f"[red]failed[/] {escape(names[number] or short(plans[number].key))}: {escape(outcome['error'])}")
+            if sweep is not None:
                 # After each job, so that a killed sweep is still found; the last writing is the whole one.
-                rest = [{"status": "pending"}] * (len(plans) - i - 1)
-                record_sweep(store, str(sweep), words, plans, [*outcomes, *rest])
-                bars.advance(overall)
+                record_sweep(store, sweep, words, plans, outcomes)
+
+        _spread(launcher, plans, runs, store, sweep, show, end)
     return plans, outcomes, sweep, run
+
+
+def _spread(
+    launcher: Launcher,
+    plans: list[Plan],
+    runs: list[Run],
+    store: Store,
+    sweep: str | None,
+    show: _Show,
+    end: Callable[[int, dict[str, Any]], None],
+) -> None:
+    """Hand the jobs that miss something to the launcher; where several run at once, what they share is made first."""
+    here = [all(status(node, store) == "hit" for node in plan.nodes) for plan in plans]
+    first: dict[str, int] = {}
+    twins: dict[int, int] = {}
+    missing: list[int] = []
+    for number, one in enumerate(plans):
+        if here[number]:
+            end(number, {"status": "hit", "exit_code": 0})
+        elif not isinstance(launcher, Basic) and one.key in first:
+            twins[number] = first[one.key]
+        else:
+            first[one.key] = number
+            missing.append(number)
+    if not missing:
+        return
+    if not isinstance(launcher, Basic):
+        missing = _prepared(missing, plans, runs, store, sweep, show, end)
+    tasks = [Task(plans[number], runs[number]) for number in missing]
+    if tasks:
+        launcher.launch(
+            tasks, sweep, lambda n, event: show.hear(missing[n], event), lambda n, outcome: end(missing[n], outcome)
+        )
+    for number, twin in twins.items():
+        hit = store.get(plans[twin].key) is not None
+        failed = {"status": "failed", "exit_code": 1, "error": f"the same as job {twin}, which failed"}
+        end(number, {"status": "hit", "exit_code": 0} if hit else failed)
+
+
+def _prepared(
+    missing: list[int],
+    plans: list[Plan],
+    runs: list[Run],
+    store: Store,
+    sweep: str | None,
+    show: _Show,
+    end: Callable[[int, dict[str, Any]], None],
+) -> list[int]:
+    """Make the stages that jobs share, one after the other on all processors; the jobs that can go on."""
+    failures: dict[str, dict[str, Any]] = {}
+    tasks = shared_plans([Task(plans[number], runs[number]) for number in missing])
+    open_ = [task for task in tasks if any(status(node, store) != "hit" for node in task.plan.nodes)]
+
+    def ended(number: int, outcome: dict[str, Any]) -> None:
+        show.ended(missing[0], counts=False)
+        if outcome["status"] == "failed":
+            failures[open_[number].plan.key] = outcome
+
+    Basic().launch(open_, sweep, lambda n, event: show.hear(missing[0], event), ended)
+    able = []
+    for number in missing:
+        before = plans[number].nodes[:-1]
+        if before and before[-1].key in failures:
+            end(number, failures[before[-1].key])
+        else:
+            able.append(number)
+    return able
 
 
 def writable(root: Path) -> None:
@@ -130,29 +203,43 @@ def writable(root: Path) -> None:
         ) from error
 
 
-def _one(plan: Plan, run: Run, store: Store, sweep: str | None, bars: Progress, label: str) -> dict[str, Any]:
-    if all(status(node, store) == "hit" for node in plan.nodes):
-        return {"status": "hit", "ran": [], "exit_code": 0}
-    task = bars.add_task("starting", total=None)
-    ran: list[str] = []  # told one by one: a job that fails later has still made these
+class _Show:
+    """A bar for each job that is going on, one for the sweep, and a line for each stage that is made."""
 
-    def hear(event: dict[str, Any]) -> None:
-        nonlocal task
+    def __init__(self, bars: Progress, plans: list[Plan], names: list[str], total: int | None) -> None:
+        self.bars, self.plans, self.names = bars, plans, names
+        self.overall = bars.add_task("sweep", total=total) if total is not None else None
+        self._tasks: dict[int, TaskID] = {}
+        self._ran: dict[int, list[str]] = {}  # told one by one: a job that fails later has still made these
+
+    def ran(self, number: int) -> list[str]:
+        """The stages that a job has made."""
+        return self._ran.get(number, [])
+
+    def hear(self, number: int, event: dict[str, Any]) -> None:
+        """What a job's process tells."""
         kind = event.get("event")
-        name = label if event.get("key") == plan.key else ""  # a stage before the last is not this job's alone
+        # A stage before the last is not this job's alone.
+        name = self.names[number] if event.get("key") == self.plans[number].key else ""
+        if number not in self._tasks:
+            self._tasks[number] = self.bars.add_task("starting", total=None)
         if kind == "start":
-            task = _fresh(bars, task, f"{event['stage']} {name or short(event['key'])}")
+            text = f"{event['stage']} {name or short(event['key'])}"
+            self._tasks[number] = _fresh(self.bars, self._tasks[number], text)
         elif kind in ("step", "pass"):
-            bars.update(task, total=event["total"], completed=event["step"])
+            self.bars.update(self._tasks[number], total=event["total"], completed=event["step"])
         elif kind == "done":
-            ran.append(event["stage"])
+            self._ran.setdefault(number, []).append(event["stage"])
             say(f"[green]made[/] {event['stage']} {short(event['key'])}  {escape(name)}".rstrip())
         elif kind == "say":
             say(escape(event["line"]))
 
-    outcome = children.call(run_job, plan, run, sweep, None, tell=hear)
-    bars.remove_task(task)
-    return {**outcome, "ran": ran}
+    def ended(self, number: int, counts: bool = True) -> None:
+        """A job is over."""
+        if number in self._tasks:
+            self.bars.remove_task(self._tasks.pop(number))
+        if counts and self.overall is not None:
+            self.bars.advance(self.overall)
 
 
 def _fresh(bars: Progress, task: TaskID, text: str) -> TaskID:

@@ -72,14 +72,14 @@ def _term(name: str) -> dict[str, Any]:
 
 def _models(pattern: str | None) -> list[dict[str, Any]]:
     import timm
+    from timm.models import model_entrypoint
 
-    import kd.models.nets as nets
-
-    ours = sorted(n for n in timm.list_models() if hasattr(nets, n))
+    ours = _ours()
     if pattern is None:
         count = len(timm.list_models()) - len(ours)
         rows = [
-            {"name": n, "from": "kd", "about": (getattr(nets, n).__doc__ or "").strip().splitlines()[0]} for n in ours
+            {"name": n, "from": "kd", "about": (model_entrypoint(n).__doc__ or "").strip().splitlines()[0]}
+            for n in ours
         ]
         return [*rows, {"name": "…", "from": "timm", "about": f"{count} more: kd list model 'resnet*'"}]
     found = timm.list_models(pattern)
@@ -103,15 +103,28 @@ def _stages() -> list[dict[str, Any]]:
     ]
 
 
+def _ours() -> list[str]:
+    """The models that this project brings, in natural order."""
+    import timm
+    from timm.models import model_entrypoint
+
+    import kd.models  # noqa: F401  (registers them)
+
+    return [name for name in timm.list_models() if model_entrypoint(name).__module__.startswith("kd.")]
+
+
 def _layers(name: str | None) -> list[dict[str, Any]]:
-    import kd.models.nets as nets
+    from timm.models import get_pretrained_cfg
+
     from kd.models import create, layers
 
     if name is None:
         raise InputError("name a network, e.g. kd list layers resnet18")
-    grey, colour = (1, 28), (3, 224)
+    shapes = [(3, 224), (1, 28)]
+    if name in _ours() and (made_for := get_pretrained_cfg(name)):
+        shapes.insert(0, (made_for.input_size[0], made_for.input_size[-1]))
     first: InputError | None = None
-    for channels, size in (grey, colour) if hasattr(nets, name) else (colour, grey):
+    for channels, size in shapes:
         try:
             net = create(name, num_classes=10, in_chans=channels, size=size)
         except InputError as error:

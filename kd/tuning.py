@@ -21,7 +21,7 @@ from kd.errors import InputError, KDError, offer
 from kd.launch import progress, say, writable
 from kd.pipeline import jobs as children
 from kd.pipeline.execute import record_sweep
-from kd.pipeline.plan import Node, Plan, plan, status
+from kd.pipeline.plan import Node, Plan, outlook, plan, status
 from kd.pipeline.work import check_jobs, run_trial
 from kd.report.rows import COST
 from kd.report.study import write_study
@@ -249,6 +249,7 @@ class Search:
             self.plans.append(one)
             if self.store.get(one.key) is not None:
                 return {"status": "hit", "values": self._values(trial, one.key)}
+            outlook([one], self.store, self.run)
             outcome = self._run(one, trial, bars)
             if outcome["status"] == "failed":
                 return outcome
@@ -511,6 +512,7 @@ def _rehearse(plans: list[Plan], run: Run, store: Store) -> None:
         KDError: at the first that cannot run.
     """
     writable(store.root)
+    outlook(plans, store, run)
     missing = [one for one in plans if any(status(node, store) != "hit" for node in one.nodes)]
     if missing:
         outcome = children.call(check_jobs, missing, run)

@@ -70,11 +70,11 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def plan_data(plans: Sequence[Plan], store: Store) -> dict[str, Any]:
-    """A plan as data: each job's stages, and the distinct stages that would run."""
+def plan_data(plans: Sequence[Plan], store: Store, said: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """A plan as data: each job's stages, and the distinct stages that would run; ``said``: what a key will write."""
     nodes = {n.key: n for p in plans for n in p.nodes}
     known = [(card, _parts(card["document"])) for card in (a.card for a in store)]
-    stages = {key: _stage(n, store, known) for key, n in nodes.items()}
+    stages = {key: {**_stage(n, store, known), "writes": (said or {}).get(key)} for key, n in nodes.items()}
     return {
         "jobs": [
             {"overrides": list(p.overrides), "key": p.key, "stages": [stages[n.key] for n in p.nodes]} for p in plans
@@ -100,7 +100,7 @@ def _stage(node: Node, store: Store, known: Known) -> dict[str, Any]:
     }
 
 
-def plan_view(plans: Sequence[Plan], store: Store) -> Group:
+def plan_view(plans: Sequence[Plan], store: Store, said: Mapping[str, str] | None = None) -> Group:
     """The stages of each job with key and state, what makes each one that is not there, and what would run."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("stage", no_wrap=True)
@@ -109,7 +109,7 @@ def plan_view(plans: Sequence[Plan], store: Store) -> Group:
     table.add_column("", overflow="fold")
     seen: set[str] = set()
     reasons: dict[str, None] = {}
-    data = plan_data(plans, store)
+    data = plan_data(plans, store, said)
     for p, job, label in zip(plans, data["jobs"], labels(p.overrides for p in plans), strict=True):
         for n, stage in zip(p.nodes, job["stages"], strict=True):
             reasons |= {f"{role} not used by {n.name}: {why}": None for role, why in n.unused.items()}
@@ -119,8 +119,9 @@ def plan_view(plans: Sequence[Plan], store: Store) -> Group:
             state = stage["status"]
             other = f" (other {_some(stage['other'])})" if stage["other"] else ""
             # In a sweep, what the job is called says what it is made of.
-            said = label if label and n is p.nodes[-1] else _made_of(stage)
-            table.add_row(n.name, short(n.key), Text(state + other, style=STYLES[state]), Text(said))
+            why = label if label and n is p.nodes[-1] else _made_of(stage)
+            words = "; ".join(filter(None, (stage["writes"], why)))
+            table.add_row(n.name, short(n.key), Text(state + other, style=STYLES[state]), Text(words))
     counts: dict[str, int] = {}
     for row in data["to_run"]:
         counts[row["stage"]] = counts.get(row["stage"], 0) + 1

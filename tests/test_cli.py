@@ -304,7 +304,7 @@ def test_a_plan_says_hit_miss_and_damaged(kd, copy):
     assert code == 0 and err == []
     lines = [line.split(maxsplit=3) for line in out.splitlines()]
     assert lines[1] == ["teacher", short(key("teacher")), "hit"]
-    assert lines[2][2] == "damaged" and "labels.safetensors does not match its checksum" in lines[2][3]
+    assert lines[2][2] == "damaged" and "labels.safetensors is half-written: 1 of" in lines[2][3]
     assert lines[3][2] == "miss" and f"unlike {short(key())}: objective.kd.loss.temperature 4 -> 8" in lines[3][3]
     assert out.splitlines()[-1] == "1 job; to run: 1 labels, 1 student"
 

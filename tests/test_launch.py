@@ -90,7 +90,7 @@ def test_a_job_that_fails_leaves_the_others_finished_and_is_told_with_its_reason
 
 def test_a_job_that_is_killed_leaves_the_others_finished(swept, monkeypatch):
     store, _ = swept
-    monkeypatch.setattr(launching, "run_job", small.killed_for_seed_7)
+    monkeypatch.setattr("kd.pipeline.launchers.run_job", small.killed_for_seed_7)
     _, outcomes, sweep, _ = launch(words(store, "seed=7,8"), True, None)
     assert [o["status"] for o in outcomes] == ["failed", "done"]
     assert outcomes[0]["error"] == "the job was killed by SIGKILL (out of memory?); the same command resumes it"

@@ -30,8 +30,10 @@ def test_the_options_of_an_inner_group_are_listed_by_their_path():
 
 def test_our_models_are_listed_and_how_to_see_the_others():
     rows = listing("model")
-    assert [row["name"] for row in rows] == ["seed_cnn", "seed_cnn_small", "…"]
-    assert "93,322" in rows[0]["about"] and "kd list model 'resnet*'" in rows[-1]["about"]
+    ours = {row["name"]: row["about"] for row in rows if row["from"] == "kd"}
+    assert {"seed_cnn", "seed_cnn_small", "cifar_resnet20", "cifar_wrn_40_2", "cifar_vgg8"} <= set(ours)
+    assert "93,322" in ours["seed_cnn"] and "278,324" in ours["cifar_resnet20"]
+    assert rows[-1]["name"] == "…" and "kd list model 'resnet*'" in rows[-1]["about"]
 
 
 def test_a_pattern_chooses_models_and_says_which_have_weights():
@@ -56,6 +58,8 @@ def test_the_layers_of_a_network_are_listed_by_the_path_a_term_reads():
     rows = listing("layers", "seed_cnn_small")
     assert rows[0] == {"path": "(image)", "layer": "", "shape": "1x28x28"}
     assert {"path": "conv3", "layer": "Sequential", "shape": "16x3x3"} in rows
+    small = listing("layers", "cifar_resnet8")
+    assert small[0]["shape"] == "3x32x32" and {"path": "layer3", "layer": "Sequential", "shape": "64x8x8"} in small
     colour = listing("layers", "mobilenetv3_small_050")
     assert colour[0]["shape"] == "3x224x224" and {"path": "classifier", "layer": "Linear", "shape": "10"} in colour
 

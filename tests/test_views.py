@@ -71,7 +71,8 @@ def test_a_plan_says_what_is_there_and_what_would_run(shelf, made):
     assert set(data) == {"jobs", "to_run"} and set(job) == {"overrides", "key", "stages"}
     assert [s["status"] for s in job["stages"]] == ["hit", "hit", "miss"]
     assert all(
-        set(s) == {"stage", "key", "status", "inputs", "unused", "damage", "other", "nearest"} for s in job["stages"]
+        set(s) == {"stage", "key", "status", "inputs", "unused", "damage", "other", "nearest", "writes"}
+        for s in job["stages"]
     )
     assert data["to_run"] == [{"stage": "student", "key": new["key"]}]
     assert job["stages"][2]["nearest"]["changes"] == {"config.objective.kd.loss.temperature": [4, 8]}
@@ -140,11 +141,11 @@ def test_a_damaged_artifact_says_what_is_wrong_and_will_be_made_again(tmp_path):
     (teacher.path / "model.safetensors").write_bytes(b"x")
     data = plan_data([plan_of(teacher)], store)
     (stage,) = data["jobs"][0]["stages"]
-    assert stage["status"] == "damaged" and stage["damage"] == "model.safetensors does not match its checksum"
+    assert stage["status"] == "damaged" and stage["damage"] == "model.safetensors is half-written: 1 of 64 bytes"
     assert data["to_run"] == [{"stage": teacher.card["stage"], "key": teacher.key}]
     shown = text(plan_view([plan_of(teacher)], store), 200)
-    assert "damaged" in shown and "does not match its checksum; it will be made again" in shown
-    assert "damaged: model.safetensors does not match its checksum" in text(show_view(teacher, store))
+    assert "damaged" in shown and "is half-written: 1 of 64 bytes; it will be made again" in shown
+    assert "damaged: model.safetensors is half-written: 1 of 64 bytes" in text(show_view(teacher, store))
 
 
 def test_a_stage_that_another_process_makes_now_is_running(tmp_path):

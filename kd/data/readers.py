@@ -242,6 +242,23 @@ def parquet(paths: Sequence[Path], image_column: str | None = None, label_column
     return Table(labels, tuple(map(str, names)) if names else None, blobs)
 
 
+def parquet_rows(path: Path) -> int:
+    """Rows of a shard, by its footer.
+
+    Raises:
+        InputError: if pyarrow is absent or the file is damaged.
+    """
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise InputError("parquet files need pyarrow, which is not installed: pip install 'kd[hub]'") from error
+    try:
+        return int(pq.read_metadata(path).num_rows)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path} is damaged ({_line(error)}); {_REMEDY}") from error
+
+
 def _features(metadata: dict[bytes, bytes] | None) -> dict[str, dict[str, Any]]:
     """What the hub's own metadata says of each column; empty where there is none."""
     try:

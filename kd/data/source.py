@@ -6,6 +6,7 @@ before images are loaded, because a plan needs only `Source.content_digest`.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
@@ -173,6 +174,21 @@ class Source:
         """
         return self
 
+    def training_samples(self, root: Path) -> int:
+        """How many samples there are to train on, without reading an image.
+
+        Args:
+            root: the folder that holds the data sets.
+
+        Raises:
+            InputError: if files are missing.
+        """
+        self.files(root)
+        count, own_validation = self._train_count(_folder(root))
+        if own_validation:
+            return count
+        return count - (int(self.validation) if self.validation >= 1 else round(self.validation * count))
+
     def load(self, root: Path, memory_bytes: int = MEMORY, cache: Path | None = None) -> Splits:
         """Train, validation and test; no sample is in two of them.
 
@@ -210,6 +226,10 @@ class Source:
 
     def _read(self, root: Path, memory_bytes: int, cache: Path | None) -> tuple[dict[str, Split], tuple[str, ...]]:
         """The parts the files have (train and test; validation if there is one of its own) and the class names."""
+        raise NotImplementedError
+
+    def _train_count(self, root: Path) -> tuple[int, bool]:
+        """Samples in the files' train part, and whether validation is a part of its own."""
         raise NotImplementedError
 
     def _missing(self, root: Path) -> str:
@@ -275,6 +295,9 @@ class Digits(Source):
         file = self._base(root) / "digits.csv.gz"
         return [file] if file.is_file() else []
 
+    def _train_count(self, root: Path) -> tuple[int, bool]:
+        return 1797 - self.TEST, False
+
     def _missing(self, root: Path) -> str:
         return (
             f"{self.name}: no {self.WHERE} in this Python; install it anew: pip install --force-reinstall scikit-learn"
@@ -314,6 +337,9 @@ class MNIST(Source):
     def _base(self, root: Path) -> Path:
         return root / "MNIST" / "raw"
 
+    def _train_count(self, root: Path) -> tuple[int, bool]:
+        return _idx_count(self._find(root)[0]), False
+
     def _find(self, root: Path) -> list[Path]:
         return _idx_files(self._base(root))
 
@@ -339,6 +365,9 @@ class FashionMNIST(Source):
     def _base(self, root: Path) -> Path:
         return root / "FashionMNIST" / "raw"
 
+    def _train_count(self, root: Path) -> tuple[int, bool]:
+        return _idx_count(self._find(root)[0]), False
+
     def _find(self, root: Path) -> list[Path]:
         return _idx_files(self._base(root))
 
@@ -359,6 +388,9 @@ class CIFAR10(Source):
 
     def _base(self, root: Path) -> Path:
         return root / "cifar-10-batches-py"
+
+    def _train_count(self, root: Path) -> tuple[int, bool]:
+        return 50_000, False
 
     def _find(self, root: Path) -> list[Path]:
         names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"]
@@ -384,6 +416,9 @@ class CIFAR100(Source):
 
     def _base(self, root: Path) -> Path:
         return root / "cifar100" if _shards(self.name, root / "cifar100") else root / "cifar-100-python"
+
+    def _train_count(self, root: Path) -> tuple[int, bool]:
+        return 50_000, False
 
     def _find(self, root: Path) -> list[Path]:
         shards = _shards(self.name, root / "cifar100")
@@ -434,6 +469,10 @@ class ImageFolder(Source):
                 raise InputError(f"{self.name}: {base} has {folders[part].name} and {folder.name}; keep one of the two")
         found = {part: list(_labelled(folder)) for part, folder in folders.items()}
         return _with_test({part: files for part, files in found.items() if files})
+
+    def _train_count(self, root: Path) -> tuple[int, bool]:
+        parts = self._parts(root)
+        return len(parts["train"]), "validation" in parts
 
     def _find(self, root: Path) -> list[Path]:
         return sorted(file for files in self._parts(root).values() for _, file in files)
@@ -499,6 +538,12 @@ class HubImages(Source):
 
     def _find(self, root: Path) -> list[Path]:
         return [file for files in _shards(self.name, self._base(root)).values() for file in files]
+
+    def _train_count(self, root: Path) -> tuple[int, bool]:
+        from kd.data import readers
+
+        shards = _shards(self.name, self._base(root))
+        return sum(map(readers.parquet_rows, shards["train"])), "validation" in shards
 
     def _hub(self, root: Path) -> tuple[dict[str, _Part], tuple[str, ...]]:
         return _hub(self, _shards(self.name, self._base(root)), self.image_column, self.label_column)
@@ -624,6 +669,13 @@ def _idx_files(folder: Path) -> list[Path]:
     names = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
     packed = [folder / f"{name}.gz" for name in names]
     return _all_or_none(f if f.is_file() else gz for f, gz in zip((folder / n for n in names), packed, strict=True))
+
+
+def _idx_count(path: Path) -> int:
+    """Entries of an IDX file, by its header."""
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rb") as file:
+        return int.from_bytes(file.read(8)[4:], "big")
 
 
 def _idx(files: Sequence[Path]) -> dict[str, Split]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kd.compress.measure import looking
 from kd.errors import InputError, nearest
-from kd.models import nets  # noqa: F401  (registers our own with timm)
+from kd.models import cifar, nets  # noqa: F401  (they register our own with timm)
 
 # What the data or the key decides, and what would bring in weights that no key names.
 RESERVED = {"cache_dir", "checkpoint_path", "exportable", "img_size", "in_chans", "no_jit", "num_classes", "scriptable"}
@@ -29,7 +29,7 @@ def create(
     pretrained: bool = False,
     options: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """A net by its timm name, or one of ours (`seed_cnn`, `seed_cnn_small`), shown to fit the images and classes.
+    """A net by its timm name, or one of ours such as `seed_cnn`, shown to fit the images and classes.
 
     Its weights are drawn from the global generator: seed it first.
 

@@ -69,7 +69,7 @@ def _convolution(channels: int, width: int, padding: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(channels, width, 3, padding=padding), nn.ReLU())
 
 
-def _without_timms(options: dict[str, Any]) -> dict[str, Any]:
+def without_timms(options: dict[str, Any]) -> dict[str, Any]:
     """What timm hands to every entry point, and a net without published weights has no use for, is left out."""
     return {k: v for k, v in options.items() if k not in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")}
 
@@ -81,7 +81,7 @@ def seed_cnn(pretrained: bool = False, **options: Any) -> SeedCNN:
     >>> seed_cnn(num_classes=3).head.out_features
     3
     """
-    return SeedCNN(**_without_timms(options))
+    return SeedCNN(**without_timms(options))
 
 
 @register_model
@@ -91,4 +91,4 @@ def seed_cnn_small(pretrained: bool = False, **options: Any) -> SeedCNN:
     >>> sum(p.numel() for p in seed_cnn_small().parameters())
     6058
     """
-    return SeedCNN(**{"widths": (8, 16, 16, 16), **_without_timms(options)})
+    return SeedCNN(**{"widths": (8, 16, 16, 16), **without_timms(options)})

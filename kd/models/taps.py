@@ -12,6 +12,8 @@ from torch.utils.hooks import RemovableHandle
 from kd.compress.measure import looking
 from kd.errors import InputError, nearest
 
+POOLED = ":pooled"  # behind a layer's path in a view's name
+
 
 class Taps:
     """Keeps the outputs of some layers of a forward pass until they are popped.
@@ -21,7 +23,7 @@ class Taps:
 
     Args:
         net: the plain net, inside any wrapper: paths are those of its `named_modules`.
-        paths: of the layers to keep.
+        paths: of the layers to keep; with `:pooled` behind it, a layer's output becomes one vector a sample.
 
     Raises:
         InputError: if there is no layer of that path.
@@ -38,7 +40,7 @@ class Taps:
         self._taps: dict[str, _Tap] = {}
         self._handles: list[RemovableHandle] = []
         wanted = list(dict.fromkeys(paths))
-        for path in wanted:
+        for path in map(_layer, wanted):
             if not path or path not in modules:
                 raise InputError(
                     f"{path!r} is no layer of {type(net).__name__}"
@@ -46,7 +48,7 @@ class Taps:
                 )
         for path in wanted:
             self._taps[path] = _Tap(path)
-            self._handles.append(modules[path].register_forward_hook(self._taps[path]))
+            self._handles.append(modules[_layer(path)].register_forward_hook(self._taps[path]))
 
     def pop(self) -> dict[str, Tensor]:
         """Path to output of the last forward pass, which is let go of; a layer that ran twice gives its last.
@@ -120,7 +122,29 @@ class _Tap:
         if tensor is None:
             raise InputError(f"the layer {self.path!r} gives a {type(output).__name__}, which holds no tensor to tap")
         # A copy: an in-place activation after this layer would rewrite what was tapped.
-        self.output = tensor.clone()
+        self.output = pooled(tensor) if self.path.endswith(POOLED) else tensor.clone()
+
+
+def pooled(features: Tensor) -> Tensor:
+    """One vector a sample: maps (N, C, H, W) averaged over both sides, tokens (N, L, D) over them, vectors as they are.
+
+    Raises:
+        InputError: if the features are of another rank.
+
+    >>> pooled(torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]))
+    tensor([[2., 3.]])
+    """
+    if features.ndim == 4:
+        return features.mean(dim=(2, 3))
+    if features.ndim == 3:
+        return features.mean(dim=1)
+    if features.ndim != 2:
+        raise InputError(f"features of shape {tuple(features.shape)} cannot be pooled to one vector a sample")
+    return features.clone()
+
+
+def _layer(path: str) -> str:
+    return path.removesuffix(POOLED)
 
 
 def _first_tensor(output: Any) -> Tensor | None:

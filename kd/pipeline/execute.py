@@ -9,8 +9,9 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from kd.data.labels import shard
 from kd.errors import KDError
 from kd.instantiate import resolve
 from kd.pipeline.plan import Node, Plan
@@ -18,6 +19,9 @@ from kd.stages.fingerprints import NUMERIC
 from kd.store import Artifact, Store, canonical, short, with_neutral, write_json, write_text
 from kd.training.pruning import Trial
 from kd.training.settings import CHECKPOINT, HISTORY, Run
+
+if TYPE_CHECKING:
+    from kd.stages.base import Company
 
 Tell = Callable[[dict[str, Any]], None]
 
@@ -35,7 +39,10 @@ def check(plans: list[Plan], store: Store, run: Run) -> None:
         InputError: at the first that cannot run.
     """
     from kd.stages import Room
+    from kd.stages.base import Company
+    from kd.training.turns import Turns
 
+    company = Company(Turns())
     seen: set[str] = set()
     for plan in plans:
         stages: dict[str, Any] = {}
@@ -47,7 +54,7 @@ def check(plans: list[Plan], store: Store, run: Run) -> None:
             if artifact is None and shape not in seen:
                 seen.add(shape)
                 inputs = {role: stages[key] for role, key in node.inputs.items()}
-                stages[node.key].check(inputs, Room(run, store.work(node.key)))
+                stages[node.key].check(inputs, Room(run, store.work(node.key), company=company))
 
 
 def execute(
@@ -56,11 +63,12 @@ def execute(
     run: Run,
     tell: Tell = lambda event: None,
     sweep: str | None = None,
+    company: Company | None = None,
     trial: Trial | None = None,
 ) -> list[str]:
     """Run the missing stages of one plan in order; returns the names of those that this call ran.
 
-    The last stage reports its epochs to ``trial``, if one is given.
+    ``company`` is what it shares with other jobs of this process; the last stage reports its epochs to ``trial``.
 
     Raises:
         Pruned: if the trial gives the last stage up.
@@ -87,14 +95,21 @@ def execute(
                     }
                 )
             tell({"event": "start", "stage": node.name, "key": node.key})
-            make(node, plan, store, run, tell, sweep, trial if node is plan.nodes[-1] else None)
+            make(node, plan, store, run, tell, sweep, company, trial if node is plan.nodes[-1] else None)
             ran.append(node.name)
             tell({"event": "done", "stage": node.name, "key": node.key})
     return ran
 
 
 def make(
-    node: Node, plan: Plan, store: Store, run: Run, tell: Tell, sweep: str | None, trial: Trial | None = None
+    node: Node,
+    plan: Plan,
+    store: Store,
+    run: Run,
+    tell: Tell,
+    sweep: str | None = None,
+    company: Company | None = None,
+    trial: Trial | None = None,
 ) -> Artifact:
     """Run one stage and put its artifact; the caller holds the lock.
 
@@ -118,7 +133,7 @@ def make(
         environment = environment_print()
         _same_maker(work, {"code": code_print()["digest"], **{n: environment[n] for n in NUMERIC}}, tell)
         dials = plan.dials if node is plan.nodes[-1] else {}
-        room = Room(run, work, node.key, node.name, sweep, node.document, dials, tell, trial)
+        room = Room(run, work, node.key, node.name, sweep, node.document, dials, tell, company, trial)
         result = build(node.document, run.trusted).run(inputs, out, room)
         prints = result.pop("fingerprints", {})
         card = {
@@ -161,11 +176,11 @@ def _same_maker(work: Path, maker: dict[str, Any], tell: Tell) -> None:
     note = work / "maker"
     known = note.read_text() if note.exists() else None
     if known != canonical(maker):
-        if (work / CHECKPOINT).exists():
-            tell({"event": "say", "line": f"the checkpoint was written by {_changed(known, maker)}: starting over"})
+        if any((work / name).exists() for name in (CHECKPOINT, shard(0, 0))):
+            tell({"event": "say", "line": f"what is there was made by {_changed(known, maker)}: starting over"})
         # The note last: a kill in between must not leave an old checkpoint under a new note.
-        for name in (CHECKPOINT, HISTORY):
-            (work / name).unlink(missing_ok=True)
+        for path in (work / CHECKPOINT, work / HISTORY, *work.glob("labels-v*")):
+            path.unlink(missing_ok=True)
         write_text(note, canonical(maker))
 
 

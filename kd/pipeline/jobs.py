@@ -74,6 +74,12 @@ def call(function: Callable[..., Any], *arguments: Any, tell: Callable[[Event], 
     return {"status": "failed", "exit_code": 1, "error": _ending(process.exitcode)}
 
 
+def outcome_of(function: Callable[..., Any], *arguments: Any) -> Event:
+    """`call` without a child: for a process that somebody else started for one job."""
+    found = _outcome(function, arguments, lambda event: None)
+    return {name: value for name, value in found.items() if name != "event"}
+
+
 def _ending(code: int | None) -> str:
     if code is not None and code < 0:
         name = signal.Signals(-code).name

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from kd.errors import InputError, nearest
 from kd.instantiate import check_target, instantiate, resolve, signature_errors, targets
-from kd.store import Store, digest, document, plain
+from kd.stages.labels import too_small
+from kd.store import Store, digest, document, plain, short, with_neutral
 from kd.training.settings import Fit, Run, typed
 
 
@@ -53,6 +55,34 @@ def status(node: Node, store: Store) -> str:
     return "running" if store.locked(node.key) else "miss"
 
 
+def outlook(plans: Sequence[Plan], store: Store, run: Run) -> dict[str, str]:
+    """What each missing stage will write where that is worth saying, by key; looked at before anything runs.
+
+    Raises:
+        InputError: if it does not fit on the store's disk, or what is stored is not what its card says.
+    """
+    texts: dict[str, str] = {}
+    total = 0
+    for node in {node.key: node for one in plans for node in one.nodes}.values():
+        kind = resolve(node.document["stage"])
+        if not hasattr(kind, "forecast"):
+            continue
+        config = with_neutral(node.config, kind.SINCE)
+        found = store.get(node.key)
+        if found is not None:
+            if wrong := kind.flaw(found):
+                raise InputError(f"{node.name} {short(node.key)}: {wrong}; remove it with `kd rm {short(node.key)}`")
+        elif config["views"] is not None:
+            samples = _source(config["data"], run).training_samples(Path(run.data_dir).expanduser())
+            count, texts[node.key] = kind.forecast(config, samples, store.work(node.key))
+            total += count
+    place = next(path for path in (store.root, *store.root.parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    if total > free:
+        raise InputError(too_small(total, free, place))
+    return texts
+
+
 def plan(config: Mapping[str, Any], overrides: tuple[str, ...] = ()) -> Plan:
     """The stages of a composed config with their keys; nothing is run and no torch is imported.
 
@@ -70,7 +100,7 @@ def plan(config: Mapping[str, Any], overrides: tuple[str, ...] = ()) -> Plan:
         for _, target in targets(subtree, where):
             check_target(target, run.trusted)
         kind = resolve(subtree["_target_"])
-        body = {k: v for k, v in subtree.items() if k not in ("_target_", "inputs")}
+        body = with_neutral({k: v for k, v in subtree.items() if k not in ("_target_", "inputs")}, kind.SINCE)
         signature_errors({"_target_": subtree["_target_"], **body}, where)
         inputs = subtree.get("inputs") or {}
         if not isinstance(inputs, dict):
@@ -86,7 +116,8 @@ def plan(config: Mapping[str, Any], overrides: tuple[str, ...] = ()) -> Plan:
         if "fit" in body:
             body["fit"] = _fit(body["fit"], "fit" if name != "teacher" else "teacher_fit")
         body = plain(body, where)
-        unused = kind.unused(body, inputs)
+        unused = kind.unused(body, {role: made[source].config for role, source in inputs.items()})
+        body = kind.settled(body)
         kept = {role: source for role, source in inputs.items() if role not in unused}
         keys = {role: made[source].key for role, source in kept.items()}
         text = document(check_target(subtree["_target_"]), kind.VERSION, body, keys, kind.SINCE)
@@ -125,11 +156,15 @@ def _with_digest(data: dict[str, Any], run: Run) -> dict[str, Any]:
     known = canonical(data), canonical([run.data_dir, run.store])
     if known not in _RESOLVED:
         root, cache = Path(run.data_dir).expanduser(), Path(run.store).expanduser() / "data"
-        source = instantiate({k: v for k, v in data.items() if k != "digest"}, run.trusted, "data").resolved(root)
+        source = _source(data, run).resolved(root)
         found = source.content_digest(root, cache / "digests.json")
         whole = {f.name: getattr(source, f.name) for f in fields(source) if f.name != "digest"}
         _RESOLVED[known] = plain({"_target_": data["_target_"], **whole, "digest": found})
     return _RESOLVED[known]
+
+
+def _source(data: Mapping[str, Any], run: Run) -> Any:
+    return instantiate({k: v for k, v in data.items() if k != "digest"}, run.trusted, "data")
 
 
 def _needed(made: Mapping[str, Node]) -> tuple[Node, ...]:

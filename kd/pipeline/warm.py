@@ -16,13 +16,17 @@ import kd.losses.logits
 import kd.models
 import kd.objective
 import kd.pipeline.work
+import kd.stages.labels
 import kd.tasks.image
+import kd.training.labelling
 import kd.training.loggers
 import kd.training.optimisers
 import kd.training.trainer
 from kd.stages import code_print
+from kd.training.memory import keep_memory
 
 __all__ = ["kd", "safetensors", "timm", "torch", "torchmetrics"]
 
 # Kept for the forked jobs: the digest on a card is of the code they run, not of files edited since.
 code_print()
+keep_memory()  # the forked jobs inherit it

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from kd.pipeline.execute import check, execute
@@ -36,10 +36,41 @@ def run_trial(plan: Plan, run: Run, sweep: str | None, trial: Trial | None, tell
         KDError: if a stage fails.
     """
     try:
-        execute(plan, Store(run.store), run, tell, sweep, trial)
+        execute(plan, Store(run.store), run, tell, sweep, trial=trial)
     except Pruned as pruned:
         return str(pruned)
     return None
+
+
+def run_packed(packs: Sequence[Sequence[tuple[int, Plan, Run]]], sweep: str | None, tell: Tell) -> None:
+    """Execute plans in one process, pack after pack; in a pack the jobs take turns at their batches.
+
+    ``tell`` hears of each job's events under its number (``job``), and of its end (``ended``, with its ``outcome``).
+    """
+    from kd.pipeline.jobs import outcome_of
+    from kd.stages.base import Company
+    from kd.training.trainer import quiet
+    from kd.training.turns import Turns
+
+    company = Company(Turns())
+
+    def job(number: int, plan: Plan, run: Run) -> Callable[[], dict[str, Any]]:
+        def told(event: dict[str, Any]) -> None:
+            tell({**event, "job": number})
+
+        def work(_: Tell) -> list[str]:
+            return execute(plan, Store(run.store), run, told, sweep, company)
+
+        return lambda: outcome_of(work)
+
+    with quiet():  # once around all: each training puts back what it found, in any order
+        for pack in packs:
+            numbers = [number for number, _, _ in pack]
+
+            def ended(place: int, outcome: dict[str, Any], numbers: list[int] = numbers) -> None:
+                tell({"event": "ended", "job": numbers[place], "outcome": outcome})
+
+            company.turns.run([job(*entry) for entry in pack], ended)
 
 
 def check_jobs(plans: list[Plan], run: Run, tell: Tell) -> None:

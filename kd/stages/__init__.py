@@ -2,6 +2,7 @@
 
 from kd.stages.base import Room, Stage
 from kd.stages.fingerprints import code_print, environment_print
-from kd.stages.image import Distil, SoftLabels, Train
+from kd.stages.image import Distil, Train
+from kd.stages.labels import SoftLabels
 
 __all__ = ["Distil", "Room", "SoftLabels", "Stage", "Train", "code_print", "environment_print"]

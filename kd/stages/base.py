@@ -5,13 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from kd.store import Artifact
 from kd.training.pruning import Trial
 from kd.training.settings import Run
 
+if TYPE_CHECKING:
+    from kd.training.turns import Turns
+
 Event = dict[str, Any]
+Config = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Company:
+    """What jobs of one process share: whose turn it is, and what is read or built once for all of them."""
+
+    turns: Turns
+    kept: dict[Any, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -26,7 +38,16 @@ class Room:
     document: Mapping[str, Any] = field(default_factory=dict)
     dials: Mapping[str, Any] = field(default_factory=dict)
     tell: Callable[[Event], None] = lambda event: None
-    trial: Trial | None = None
+    company: Company | None = None  # the other jobs of this process, if there are some
+    trial: Trial | None = None  # what hears of each epoch and may give the training up
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What ``make`` gives, made once for all the jobs of this process that name it by the same ``key``."""
+        if self.company is None:
+            return make()
+        if key not in self.company.kept:
+            self.company.kept[key] = make()
+        return self.company.kept[key]
 
     @property
     def data_dir(self) -> Path:
@@ -46,8 +67,20 @@ class Stage(Protocol):
     SINCE: ClassVar[dict[str, Any]]
 
     @classmethod
-    def unused(cls, config: Mapping[str, Any], inputs: Mapping[str, str]) -> dict[str, str]:
-        """Inputs this config does not read, each with the reason; they are left out of plan and key."""
+    def settled(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The config with every field that changes nothing beside the others at its neutral value.
+
+        Raises:
+            InputError: at a value out of range.
+        """
+        ...
+
+    @classmethod
+    def unused(cls, config: Mapping[str, Any], inputs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+        """Inputs this config does not read, each with the reason; they are left out of plan and key.
+
+        ``inputs`` has the settled config of each.
+        """
         ...
 
     def check(self, inputs: Mapping[str, Stage | Artifact], room: Room) -> None:

@@ -1,4 +1,4 @@
-"""The stages of image classification: train a network, write its soft labels, distil it into a student."""
+"""The stages of image classification that train: a network on labels alone, or a student under a teacher."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kd.errors import InputError, KDError
-from kd.stages.base import Room, Stage
-from kd.store import Artifact
+from kd.stages.base import Config, Room, Stage
+from kd.store import Artifact, canonical
 from kd.training.settings import HISTORY, Fit
 
 if TYPE_CHECKING:
     import torch
 
-    from kd.data import Splits
+    from kd.data import Split, Splits
+    from kd.data.labels import StoredLabels
     from kd.models import Normalised
     from kd.objective import Objective
 
-Config = dict[str, Any]
-LABELS = "labels.safetensors"
+POOLED = ":pooled"  # what kd.models.taps calls so; planning does without torch
+CHOSEN = "predictions.safetensors"
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,12 @@ class Train:
     seed: int
 
     @classmethod
-    def unused(cls, config: Mapping[str, Any], inputs: Mapping[str, str]) -> dict[str, str]:
+    def settled(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Every field counts."""
+        return dict(config)
+
+    @classmethod
+    def unused(cls, config: Mapping[str, Any], inputs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         """It has no inputs."""
         return {}
 
@@ -54,76 +60,73 @@ class Train:
 
     def run(self, inputs: Mapping[str, Artifact], out: Path, room: Room) -> dict[str, Any]:
         """Train, evaluate, save."""
-        splits = _load(self.data, room)
-        student = _build(self.model, self.data, splits, self.seed, room)
-        return _train(self, student, None, None, splits, out, room, self.model)
-
-
-@dataclass(frozen=True)
-class SoftLabels:
-    """The teacher's logits on each training sample, in the order of the split, for views that never change."""
-
-    VERSION: ClassVar[int] = 1
-    SINCE: ClassVar[dict[str, Any]] = {}
-
-    data: Config
-
-    @classmethod
-    def unused(cls, config: Mapping[str, Any], inputs: Mapping[str, str]) -> dict[str, str]:
-        """It reads its one input always."""
-        return {}
-
-    def check(self, inputs: Mapping[str, Stage | Artifact], room: Room) -> None:
-        """Nothing can be wrong that its teacher's own check does not find."""
-
-    def run(self, inputs: Mapping[str, Artifact], out: Path, room: Room) -> dict[str, Any]:
-        """One pass of the teacher over the training split."""
-        import torch
-        from safetensors.torch import save_file
-
-        from kd.models import load
-        from kd.training.loggers import loggers, summarise
-
-        splits = _load(self.data, room)
-        teacher = load(inputs["teacher"].path)
-        logits = _logits(teacher, splits.train, self.data, room)
-        save_file({"ids": splits.train.ids.cpu(), "logits": logits.contiguous()}, out / LABELS)
-        accuracy = (logits.argmax(1) == splits.train.targets.cpu()).to(torch.float64).mean().item()
-        with loggers(
-            room.run, key=room.key, stage=room.stage, document=room.document, dials=room.dials, sweep=room.sweep
-        ) as sinks:
-            summarise(sinks, {"train/accuracy": accuracy}, 0)
-        return {"metrics": {"train/accuracy": accuracy}, "fingerprints": {"data": _data_print(self.data, room)}}
+        splits = load_data(self.data, room)
+        student = build(self.model, self.data, splits, self.seed, room)
+        return _train(self, student, {}, splits, out, room, self.model)
 
 
 @dataclass(frozen=True)
 class Distil:
-    """Train a student under an objective that hears a teacher, live or through its stored soft labels."""
+    """Train a student under an objective that hears a teacher, live or through its stored soft labels.
+
+    Args:
+        student: the network.
+        data: the data set.
+        objective: its terms.
+        fit: the schedule.
+        seed: of the student's weights, the order and, without ``views``, the augmentation.
+        views: views of a sample before the first comes again; None: another in each epoch.
+        view_seed: of the views, if there are some.
+        live: run the teacher even where its stored labels would serve.
+    """
 
     VERSION: ClassVar[int] = 1
-    SINCE: ClassVar[dict[str, Any]] = {}
+    SINCE: ClassVar[dict[str, Any]] = {"views": None, "view_seed": None, "live": False}
 
     student: Config
     data: Config
     objective: Config
     fit: Config
     seed: int
+    views: int | None
+    view_seed: int | None
+    live: bool
 
     @classmethod
-    def unused(cls, config: Mapping[str, Any], inputs: Mapping[str, str]) -> dict[str, str]:
-        """Stored soft labels serve only logits of views that are the same in every epoch."""
+    def settled(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Views without augmentation are one; without views their seed is the run's; a live teacher shows in inputs."""
+        found = {**config, "live": False}
+        if config["data"].get("augment", "none") == "none":
+            found["views"] = None
+        if found["views"] is None:
+            found["view_seed"] = None
+        return found
+
+    @classmethod
+    def unused(cls, config: Mapping[str, Any], inputs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+        """Stored soft labels serve views that come again, and of these the logits and the features that were kept."""
         if "labels" not in inputs:
             return {}
         heard = [term for term in config["objective"].values() if float(term.get("weight", 1)) != 0]
         if not any(term.get("teacher") for term in heard):
             return {"labels": "no term of a weight above 0 hears the teacher"}
+        if config.get("live"):
+            return {"labels": "labels.live=true asks for the live teacher"}
         augment = config["data"].get("augment", "none")
-        if augment != "none":
-            return {"labels": f"data.augment={augment} makes a new view in each epoch, so the live teacher runs"}
+        if augment != "none" and config.get("views") is None:
+            return {
+                "labels": f"data.augment={augment} makes a new view in each epoch, so the live teacher runs "
+                f"(labels.views={config['fit'].get('epochs', 'K')} would store them)"
+            }
+        kept = {f"teacher.{path.removesuffix(POOLED)}{POOLED}" for path in inputs["labels"].get("features") or ()}
         for name, term in config["objective"].items():
-            view = str(term.get("teacher") or "teacher.logits")
-            if view != "teacher.logits" and float(term.get("weight", 1)) != 0:
-                return {"labels": f"the term {name} reads {view}, so the live teacher runs"}
+            if float(term.get("weight", 1)) == 0 or not term.get("teacher"):
+                continue
+            for view in term["teacher"] if isinstance(term["teacher"], list) else [term["teacher"]]:
+                if view != "teacher.logits" and view not in kept:
+                    path = str(view).removeprefix("teacher.").removesuffix(POOLED)
+                    mend = f" (labels.features=[{path}] would store it)" if str(view).endswith(POOLED) else ""
+                    return {"labels": f"the term {name} reads {view}, so the live teacher runs{mend}"}
         return {}
 
     def check(self, inputs: Mapping[str, Stage | Artifact], room: Room) -> None:
@@ -136,7 +139,8 @@ class Distil:
         if isinstance(teacher, Artifact):
             from kd.models import load
 
-            _rehearse(self.data, self.student, load(teacher.path), self.objective, self.fit, room)
+            net = room.once(("teacher", teacher.key), lambda: load(teacher.path))
+            _rehearse(self.data, self.student, net, self.objective, self.fit, room)
         elif isinstance(teacher, Train):
             _rehearse(self.data, self.student, teacher.model, self.objective, self.fit, room)
         else:
@@ -144,24 +148,18 @@ class Distil:
 
     def run(self, inputs: Mapping[str, Artifact], out: Path, room: Room) -> dict[str, Any]:
         """Distil, evaluate against the labels and the teacher, save the student alone."""
-        from safetensors.torch import load_file
+        splits = load_data(self.data, room)
+        student = build(self.student, self.data, splits, self.seed, room)
+        return _train(self, student, inputs, splits, out, room, self.student)
 
-        from kd.models import load
 
-        splits = _load(self.data, room)
-        teacher = load(inputs["teacher"].path)
-        labels = None
-        if "labels" in inputs:
-            stored = load_file(inputs["labels"].file(LABELS))
-            if not stored["ids"].equal(splits.train.ids.cpu()):
-                raise KDError("the stored soft labels belong to other samples than this training split's")
-            labels = stored["logits"]
-        student = _build(self.student, self.data, splits, self.seed, room)
-        return _train(self, student, teacher, labels, splits, out, room, self.student)
+def load_data(data: Config, room: Room) -> Splits:
+    """The splits; refused if their content is not what the key names."""
+    found: Splits = room.once(("data", canonical(data)), lambda: _load(data, room))
+    return found
 
 
 def _load(data: Config, room: Room) -> Splits:
-    """The splits; refused if their content is not what the key names."""
     from kd.instantiate import instantiate
 
     source = instantiate({k: v for k, v in data.items() if k != "digest"}, room.run.trusted, "data").resolved(
@@ -181,7 +179,7 @@ def _load(data: Config, room: Room) -> Splits:
     return splits
 
 
-def _data_print(data: Config, room: Room) -> dict[str, Any]:
+def data_print(data: Config, room: Room) -> dict[str, Any]:
     """The data's fingerprint, taken again after they were used: only files that were touched meanwhile are read again.
 
     Raises:
@@ -209,7 +207,7 @@ def _data_print(data: Config, room: Room) -> dict[str, Any]:
     return {"name": data["name"], "digest": found}
 
 
-def _build(model: Config, data: Config, splits: Splits | None, seed: int, room: Room) -> Normalised:
+def build(model: Config, data: Config, splits: Splits | None, seed: int, room: Room) -> Normalised:
     """A network for the data's shape and classes, initialised from the seed alone."""
     from kd.instantiate import instantiate
     from kd.models import Normalised, preprocessing
@@ -223,7 +221,12 @@ def _build(model: Config, data: Config, splits: Splits | None, seed: int, room: 
     return Normalised(net, *preprocessing(net, data["mean"], data["std"]))
 
 
-def _objective(config: Config, room: Room) -> Objective:
+def build_objective(config: Config, room: Room) -> Objective:
+    """The terms that a config describes.
+
+    Raises:
+        InputError: if a term is none, or nothing is to be minimised.
+    """
     from kd.instantiate import instantiate
     from kd.objective import Objective
 
@@ -235,14 +238,24 @@ def _objective(config: Config, room: Room) -> Objective:
         raise InputError(f"loss: {error}") from error
 
 
-def _bind(objective: Objective, student: Normalised, teacher: Normalised | None, data: Config) -> None:
-    """Give the terms the shapes of what they compare: one blank batch through both networks, in eval mode."""
+def bind(
+    objective: Objective,
+    student: Normalised,
+    teacher: Normalised | None,
+    data: Config,
+    stored: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """Give the terms the shapes of what they compare: one blank batch through both networks, in eval mode.
+
+    ``stored`` is what is kept of the teacher's outputs on two samples, where no teacher is asked.
+    """
     import torch
 
     from kd.models import Taps
+    from kd.training.trainer import blank
 
-    blank = torch.zeros(2, int(data["channels"]), int(data["size"]), int(data["size"]))
-    views = {"batch.target": torch.zeros(2, dtype=torch.long)}
+    images = blank(data, 2)
+    views = {"batch.target": torch.zeros(2, dtype=torch.long), **(stored or {})}
     for role, net in (("student", student), ("teacher", teacher)):
         if net is None:
             continue
@@ -251,7 +264,7 @@ def _bind(objective: Objective, student: Normalised, teacher: Normalised | None,
         device = next(net.parameters()).device
         try:
             with torch.no_grad():
-                views[f"{role}.logits"] = net.eval()(blank.to(device))
+                views[f"{role}.logits"] = net.eval()(images.to(device))
         except (RuntimeError, ValueError, AssertionError) as error:
             line = str(error).splitlines()[0]
             raise InputError(
@@ -275,12 +288,26 @@ def _rehearse(
     from kd.training.trainer import check_precision
 
     check_precision(Fit(**fit), room.run)
-    terms = _objective(objective, room)
-    student = _build(model, data, None, 0, room)
-    configure(Fit(**fit), 1)(list(student.parameters()))
-    net = _build(teacher, data, None, 0, room) if isinstance(teacher, dict) else teacher
-    _bind(terms, student, net, data)
+    terms = build_objective(objective, room)
+
+    def built() -> bool:
+        student = build(model, data, None, 0, room)
+        configure(Fit(**fit), 1)(list(student.parameters()))
+        net = build(teacher, data, None, 0, room) if isinstance(teacher, dict) else teacher
+        bind(terms, student, net, data)
+        return True
+
+    # What numbers stand in the terms decides nothing about shapes: a sweep over them is bound once.
+    asked = teacher if isinstance(teacher, dict) else id(teacher)
+    names = [data[name] for name in ("channels", "size", "num_classes")]
+    room.once(canonical([_without_numbers(objective), sorted(terms.active), model, asked, names, fit]), built)
     return terms
+
+
+def _without_numbers(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {key: _without_numbers(value) for key, value in node.items()}
+    return None if isinstance(node, (int, float)) and not isinstance(node, bool) else node
 
 
 def _subset(splits: Splits, samples: int | None, seed: int) -> torch.Tensor | None:
@@ -301,19 +328,27 @@ def _subset(splits: Splits, samples: int | None, seed: int) -> torch.Tensor | No
     return order[torch.argsort(rank, stable=True)[:samples]].sort().values
 
 
+def _taken(splits: Splits, samples: int | None, seed: int) -> Split:
+    """The part of the training split to learn from."""
+    rows = _subset(splits, samples, seed)
+    return splits.train if rows is None else splits.train.subset(rows)
+
+
 def _train(
     stage: Train | Distil,
     student: Normalised,
-    teacher: Normalised | None,
-    labels: torch.Tensor | None,
+    inputs: Mapping[str, Artifact],
     splits: Splits,
     out: Path,
     room: Room,
     model: Config,
 ) -> dict[str, Any]:
     """Fit the student, then evaluate it on validation and, once, on test; write weights and card parts."""
+    import torch
+    from safetensors.torch import save_file
+
     from kd.compress.measure import cost
-    from kd.models import save, weights_digest
+    from kd.models import load, save, weights_digest
     from kd.training.callbacks import Pruning
     from kd.training.loggers import loggers, summarise
     from kd.training.module import Distiller
@@ -323,16 +358,31 @@ def _train(
 
     fit, data = Fit(**stage.fit), stage.data
     seed_all(stage.seed, "objective")
-    objective = _objective(stage.objective, room)
-    _bind(objective, student, teacher, data)
-    rows = _subset(splits, fit.samples, stage.seed)
-    train_split = splits.train if rows is None else splits.train.subset(rows)
-    if labels is not None and rows is not None:
-        labels = labels[rows]
+    objective = build_objective(stage.objective, room)
+    train_split = room.once(
+        ("samples", id(splits), fit.samples, stage.seed), lambda: _taken(splits, fit.samples, stage.seed)
+    )
+    labels, teacher = None, None
+    if "labels" in inputs:
+        labels = room.once(
+            ("labels", inputs["labels"].key, id(train_split)),
+            lambda: _stored(inputs["labels"], train_split, len(splits.classes), device_of(room.run)),
+        )
+        two = labels.at(0, torch.arange(2, device=labels.device))
+        bind(objective, student, None, data, {name: value.cpu() for name, value in two.items()})
+    else:
+        teacher = load(inputs["teacher"].path) if "teacher" in inputs else None
+        bind(objective, student, teacher, data)
     steps = len(train_split) // fit.batch_size if fit.drop_last else -(-len(train_split) // fit.batch_size)
-    module = Distiller(student, objective, configure(fit, steps), teacher, labels)
+    module = Distiller(student, objective, configure(fit, steps), teacher, stored=labels is not None)
     with loggers(
-        room.run, key=room.key, stage=room.stage, document=room.document, dials=room.dials, sweep=room.sweep
+        room.run,
+        key=room.key,
+        stage=room.stage,
+        document=room.document,
+        dials=room.dials,
+        sweep=room.sweep,
+        beside=room.company is not None,
     ) as sinks:
         trace = train(
             module,
@@ -342,6 +392,10 @@ def _train(
             seed=stage.seed,
             size=int(data["size"]),
             augment=data["augment"],
+            views=getattr(stage, "views", None),
+            view_seed=getattr(stage, "view_seed", None),
+            labels=labels,
+            turns=None if room.company is None else room.company.turns,
             work=room.work,
             tell=room.tell,
             loggers=sinks,
@@ -349,8 +403,8 @@ def _train(
         )
         # Shipped in float32, whatever it was trained in: what reads it builds float32 networks.
         student = module.student.float().to(device_of(room.run))
-        metrics = _evaluate(student, teacher, splits, data, room)
-        data_print = _data_print(data, room)
+        metrics, chosen = _evaluate(student, _peer(inputs, teacher), splits, data, room)
+        content = data_print(data, room)
         student = student.cpu().eval()
         shape = (int(data["channels"]), int(data["size"]), int(data["size"]))
         costs = cost(student, shape, latency=room.run.latency)
@@ -363,6 +417,8 @@ def _train(
         "classes": list(splits.classes),
     }
     save(student, spec, out)
+    if isinstance(stage, Train):  # what a student's agreement is judged by, so that none has to ask its teacher again
+        save_file({"test": chosen}, out / CHOSEN)
     # Copied: after a kill between here and the store, the next attempt finds it where the checkpoint is.
     shutil.copyfile(room.work / HISTORY, out / HISTORY)
     return {
@@ -371,25 +427,50 @@ def _train(
         "weights": weights_digest(student.net),
         "trace": {"losses": trace.losses, "epochs": trace.epochs, "selected_epoch": trace.selected_epoch},
         "resumed": trace.resumed,
-        "fingerprints": {"data": data_print},
+        "fingerprints": {"data": content},
     }
 
 
+def _stored(artifact: Artifact, split: Split, classes: int, device: torch.device) -> StoredLabels:
+    """The labels in an artifact, for the samples of a split."""
+    from kd.data.labels import StoredLabels
+
+    views = artifact.card["document"]["config"].get("views")
+    return StoredLabels.open(artifact.path, split.ids.cpu(), classes, views, device)
+
+
+def _peer(inputs: Mapping[str, Artifact], teacher: Normalised | None) -> Normalised | torch.Tensor | None:
+    """What stands for the teacher on test: the classes it chose when it was evaluated, else the network itself."""
+    from safetensors.torch import load_file
+
+    from kd.models import load
+
+    if "teacher" not in inputs:
+        return None
+    if CHOSEN in inputs["teacher"].card["files"]:
+        return load_file(inputs["teacher"].file(CHOSEN))["test"]
+    return teacher if teacher is not None else load(inputs["teacher"].path)
+
+
 def _evaluate(
-    student: Normalised, teacher: Normalised | None, splits: Splits, data: Config, room: Room
-) -> dict[str, Any]:
-    """Metrics of validation and test; agreement with the teacher where there is one."""
+    student: Normalised, peer: Normalised | torch.Tensor | None, splits: Splits, data: Config, room: Room
+) -> tuple[dict[str, Any], torch.Tensor]:
+    """Metrics of validation and test, with agreement where there is a teacher; and the classes chosen on test."""
+    import torch
+
     from kd.tasks.image import evaluate
 
     metrics: dict[str, Any] = {}
     for name, split in (("val", splits.validation), ("test", splits.test)):
-        logits = _logits(student, split, data, room)
-        peer = _logits(teacher, split, data, room) if teacher is not None and name == "test" else None
-        metrics |= {f"{name}/{k}": v for k, v in evaluate(logits, split.targets.cpu(), peer).items()}
-    return metrics
+        logits = logits_of(student, split, data, room)
+        other = peer if name == "test" else None
+        if other is not None and not isinstance(other, torch.Tensor):
+            other = logits_of(other, split, data, room)
+        metrics |= {f"{name}/{k}": v for k, v in evaluate(logits, split.targets.cpu(), other).items()}
+    return metrics, logits.argmax(dim=1)
 
 
-def _logits(net: Normalised, split: Any, data: Config, room: Room) -> torch.Tensor:
+def logits_of(net: Normalised, split: Any, data: Config, room: Room) -> torch.Tensor:
     """A network's logits on a whole split, in its order, on the CPU."""
     import torch
 

@@ -134,6 +134,9 @@ class Store:
             found = [(artifact.path / name).stat() for name in files]
         except OSError as error:
             return f"{Path(str(error.filename)).name} is missing"
+        for (name, expected), stat in zip(files.items(), found, strict=True):  # before anything large is read
+            if stat.st_size != expected.get("bytes", stat.st_size):
+                return f"{name} is half-written: {stat.st_size} of {expected['bytes']} bytes"
         stats = tuple((stat.st_mtime_ns, stat.st_size) for stat in found)
         if self._sound.get(artifact.key) == stats:
             return None

@@ -13,12 +13,13 @@ BINS = 15  # of the calibration error, as in Guo et al., "On Calibration of Mode
 
 
 def agreement(student: Tensor, teacher: Tensor) -> float:
-    """Fraction of rows where the top class of both logits (N, C) is the same.
+    """Fraction of rows where the student's logits (N, C) and the teacher, its logits or choices (N,), agree on a class.
 
-    >>> agreement(torch.eye(2), torch.tensor([[0.9, 0.1], [0.6, 0.4]]))
-    0.5
+    >>> agreement(torch.eye(2), torch.tensor([[0.9, 0.1], [0.6, 0.4]])), agreement(torch.eye(2), torch.tensor([0, 0]))
+    (0.5, 0.5)
     """
-    return _fraction(student.argmax(dim=1).cpu() == teacher.argmax(dim=1).cpu())
+    chosen = teacher if teacher.ndim == 1 else teacher.argmax(dim=1)
+    return _fraction(student.argmax(dim=1).cpu() == chosen.cpu())
 
 
 def evaluate(logits: Tensor, targets: Tensor, teacher_logits: Tensor | None = None) -> dict[str, float | list[float]]:
@@ -32,7 +33,7 @@ def evaluate(logits: Tensor, targets: Tensor, teacher_logits: Tensor | None = No
     Args:
         logits: (N, C).
         targets: class indices (N,).
-        teacher_logits: (N, C).
+        teacher_logits: (N, C), or only the classes that the teacher chose, (N,).
 
     Raises:
         InputError: if shapes do not fit, the split is empty, or a target is no class.
@@ -64,7 +65,7 @@ def evaluate(logits: Tensor, targets: Tensor, teacher_logits: Tensor | None = No
         found[name] = values[occurs].mean().item()
         found[f"{name}_per_class"] = values.tolist()
     if teacher_logits is not None:
-        if teacher_logits.shape != logits.shape:
+        if teacher_logits.shape not in (logits.shape, targets.shape):
             raise InputError(
                 f"the teacher's logits have shape {tuple(teacher_logits.shape)} and the student's "
                 f"{tuple(logits.shape)}; both must judge the same split"

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from kd.data.augment import augment
+from kd.data.labels import StoredLabels
 from kd.data.readers import decode_rows
 from kd.data.split import Split
 from kd.errors import InputError
@@ -23,22 +24,26 @@ Batch = dict[str, Tensor]
 class EpochLoader:
     """A split in batches, on the device they are used on.
 
-    The order depends on (seed, epoch), a sample's augmentation on (seed, epoch, its id), and nothing on the global
+    The order depends on (seed, epoch), a sample's augmentation on (view seed, view, its id), and nothing on the global
     generators, on ``workers``, or on whether images lie in memory or in files.
 
     A batch is a dict: ``image`` float32 (B, C, size, size) in [0, 1], ``target`` int64 (B,), ``id`` int64 (B,),
-    ``row`` int64 (B,), the sample's row in the split.
+    ``row`` int64 (B,), the sample's row in the split; with ``labels`` also what they hold of these rows and this view,
+    ``teacher.logits`` and the like.
 
     Args:
         split: the samples; in memory they are moved to the device once.
         batch_size: samples in a batch; the last one may have fewer.
-        seed: of order and augmentation.
+        seed: of the order, and of augmentation where ``view_seed`` is None.
         augment: one of ``kd.data.source.AUGMENTS``.
         size: pixels of the images (None: as the split has them).
         shuffle: another order in each epoch, or the split's own.
         drop_last: leave out a last batch that is not full.
         device: where batches are made.
         workers: processes that decode files; 0 decodes between batches, in memory there is nothing to decode.
+        views: views of a sample before the first comes again; None: another in each epoch.
+        view_seed: of augmentation.
+        labels: a teacher's stored outputs for the same views.
         position: asked at the first batch of a pass for (epoch, first batch); None always means (0, 0).
 
     Raises:
@@ -62,6 +67,9 @@ class EpochLoader:
         drop_last: bool = False,
         device: torch.device | str = "cpu",
         workers: int = 0,
+        views: int | None = None,
+        view_seed: int | None = None,
+        labels: StoredLabels | None = None,
         position: Callable[[], tuple[int, int]] | None = None,
     ) -> None:
         if batch_size < 1:
@@ -73,6 +81,7 @@ class EpochLoader:
             )
         self.batch_size, self.seed, self.augment, self.size = batch_size, seed, augment, size
         self.shuffle, self.drop_last, self.workers, self.position = shuffle, drop_last, workers, position
+        self.views, self.view_seed, self.labels = views, seed if view_seed is None else view_seed, labels
         self.device = torch.device(device)
         self._paths, self._side, self._channels = split.paths, split.side, split.channels
         self._images = None if split.images is None else split.images.to(self.device)
@@ -94,23 +103,40 @@ class EpochLoader:
         """The batches from `position` to the end of its epoch."""
         # A generator: nothing of this runs before the first next(), when the trainer knows where it stands.
         epoch, first = self.position() if self.position is not None else (0, 0)
+        yield from self.batches(epoch, first)
+
+    def batches(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from the ``first`` on."""
         order = self.order(epoch)
+        view = epoch if self.views is None else epoch % self.views
         spans = [slice(i * self.batch_size, (i + 1) * self.batch_size) for i in range(first, len(self))]
-        decoded = None if self._paths is None else self._decoded(self._paths, [order[span].tolist() for span in spans])
-        order = order.to(self.device)  # once an epoch: a batch then has nothing for the device to wait for
-        for rows in map(order.__getitem__, spans):
-            ids = self._ids.index_select(0, rows)
+        for rows, ids, images in self.raw([order[span] for span in spans]):
+            batch = {
+                "image": self.seen(images, ids, view),
+                "target": self._targets.index_select(0, rows),
+                "id": ids,
+                "row": rows,
+            }
+            if self.labels is not None:
+                batch |= self.labels.at(view % self.labels.views, rows)
+            yield batch
+
+    def raw(self, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Rows, ids and images as they lie there (uint8), on the device, for each batch of rows: decoded once each."""
+        decoded = None if self._paths is None else self._decoded(self._paths, [rows.tolist() for rows in batches])
+        # Once an epoch: a batch then has nothing for the device to wait for.
+        together = torch.cat(list(batches)).to(self.device) if len(batches) else torch.empty(0, dtype=torch.int64)
+        for rows in torch.split(together, [len(rows) for rows in batches]):
             if decoded is not None:
                 images = next(decoded).to(self.device, non_blocking=True)
             else:
                 assert self._images is not None
                 images = self._images.index_select(0, rows)
-            yield {
-                "image": augment(images, self.augment, self.seed, ids, epoch, self.size),
-                "target": self._targets.index_select(0, rows),
-                "id": ids,
-                "row": rows,
-            }
+            yield rows, self._ids.index_select(0, rows), images
+
+    def seen(self, images: Tensor, ids: Tensor, view: int) -> Tensor:
+        """Images as a network is given them in a view: a function of the images, their ids and the view alone."""
+        return augment(images, self.augment, self.view_seed, ids, view, self.size)
 
     def _decoded(self, paths: Sequence[Path], batches: Sequence[list[int]]) -> Iterator[Tensor]:
         with warnings.catch_warnings():

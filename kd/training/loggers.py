@@ -26,10 +26,12 @@ def loggers(
     document: Mapping[str, Any],
     dials: Mapping[str, Any] | None = None,
     sweep: str | None = None,
+    beside: bool = False,
 ) -> Iterator[list[Logger]]:
     """Open a stage's loggers, and close them with the exit code of what happened between.
 
-    W&B's runs of all jobs lie in ``<store>/wandb``, so that one local view shows a sweep.
+    W&B's runs of all jobs lie in ``<store>/wandb``, so that one local view shows a sweep. ``beside``: other jobs of
+    this process have runs open at the same time.
 
     Raises:
         InputError: if a logger's package is not installed.
@@ -48,6 +50,7 @@ def loggers(
                 dials=dials,
                 sweep=sweep,
                 project=run.wandb_project,
+                beside=beside,
             )
             found.append(stack.enter_context(wandb))
         for name, node in run.logger.items():

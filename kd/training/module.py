@@ -24,8 +24,8 @@ class Distiller(pl.LightningModule):
         student: what is trained and shipped.
         objective: the weighted terms, bound to their shapes.
         optimisers: from trainable parameters to what `configure_optimizers` returns.
-        teacher: runs frozen on each batch where a term needs it and no labels are given.
-        labels: the teacher's logits (N, C), row by row of the training split.
+        teacher: runs frozen on each batch where a term needs it.
+        stored: whether batches bring what the teacher said of them before, so that it need not run.
     """
 
     def __init__(
@@ -34,18 +34,18 @@ class Distiller(pl.LightningModule):
         objective: Objective,
         optimisers: Callable[[list[torch.nn.Parameter]], dict[str, Any]],
         teacher: Normalised | None = None,
-        labels: Tensor | None = None,
+        stored: bool = False,
     ) -> None:
         """Install the taps: before any compilation, or hooks never fire."""
         super().__init__()
         self.student, self.objective, self.optimisers = student, objective, optimisers
         self.student_taps = Taps(student.net, objective.paths("student"))
-        live = objective.needs_teacher and labels is None
+        live = objective.needs_teacher and not stored
         if live and teacher is None:
             raise ValueError("a term of the objective needs a teacher, and there is neither a teacher nor its labels")
+        self.stored = objective.needs_teacher and stored
         self.teacher = Frozen(teacher) if live and teacher is not None else None
         self.teacher_taps = Taps(teacher.net, objective.paths("teacher")) if live and teacher is not None else None
-        self.register_buffer("labels", labels if objective.needs_teacher else None, persistent=False)
         self.parts: dict[str, Tensor] = {}
         self.norms_due = False
         self.norms: dict[str, Tensor] = {}
@@ -67,8 +67,8 @@ class Distiller(pl.LightningModule):
         """The named tensors that terms bind to."""
         views = {"batch.target": batch["target"], "student.logits": self.student(batch["image"])}
         views.update({f"student.{path}": value for path, value in self.student_taps.pop().items()})
-        if isinstance(self.labels, Tensor):
-            views["teacher.logits"] = self.labels.index_select(0, batch["row"])
+        if self.stored:
+            views.update({name: value for name, value in batch.items() if name.startswith("teacher.")})
         elif self.teacher is not None and self.teacher_taps is not None:
             views["teacher.logits"] = self.teacher(batch["image"])
             views.update({f"teacher.{path}": value for path, value in self.teacher_taps.pop().items()})

@@ -104,8 +104,11 @@ def start_run(
     name: str | None = None,
     group: str | None = None,
     tags: Sequence[str] = (),
+    beside: bool = False,
 ) -> Run:
     """A W&B run of its own; one that an earlier job left open is ended first, or this one would log into it.
+
+    With ``beside`` it is one of several that are open at the same time.
 
     Args:
         id: the run's identity: 16 hexadecimal digits of a key or a sweep.
@@ -117,6 +120,7 @@ def start_run(
         name: shown in place of the id.
         group: the sweep that the run belongs to.
         tags: free words.
+        beside: leave other runs of this process open.
     """
     os.environ.setdefault(FLUSH, "2")
     import wandb
@@ -136,6 +140,7 @@ def start_run(
         group=group,
         tags=list(tags) or None,
         resume="allow",
+        reinit="create_new" if beside else None,
         settings=wandb.Settings(silent=True, console="off", disable_code=True, init_timeout=30),
     )
     try:

@@ -6,7 +6,7 @@ import logging
 import pickle
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +18,14 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.profilers import PassThroughProfiler
 
 from kd.data import Split
+from kd.data.labels import StoredLabels
 from kd.errors import InputError
 from kd.training.callbacks import Checkpoint, Progress, Recorder, Reseed, Selection, Together
 from kd.training.loaders import EpochLoader
+from kd.training.loop import install
 from kd.training.module import Distiller
 from kd.training.settings import CHECKPOINT, Fit, Run
+from kd.training.turns import Shared, Turns
 
 EVALUATION_BATCH = 512
 
@@ -47,6 +50,11 @@ def device_of(run: Run) -> torch.device:
     if run.accelerator == "gpu" and not torch.cuda.is_available():
         raise InputError("run.accelerator=gpu, but torch sees no GPU; use run.accelerator=auto or cpu")
     return torch.device("cuda" if run.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def blank(data: Mapping[str, Any], count: int) -> torch.Tensor:
+    """Black images of the shape that a data set's config names: (count, channels, size, size)."""
+    return torch.zeros(count, int(data["channels"]), int(data["size"]), int(data["size"]))
 
 
 def check_precision(fit: Fit, run: Run) -> None:
@@ -75,6 +83,10 @@ def train(
     augment: str,
     work: Path,
     tell: Callable[[dict[str, Any]], None],
+    views: int | None = None,
+    view_seed: int | None = None,
+    labels: StoredLabels | None = None,
+    turns: Turns | None = None,
     loggers: list[Logger] | None = None,
     watching: Sequence[pl.Callback] = (),
 ) -> Trace:
@@ -97,25 +109,51 @@ def train(
             "learn from; change it by one, or set fit.drop_last=true"
         )
     trainer: pl.Trainer
-    loader = EpochLoader(
-        train_split,
-        fit.batch_size,
-        seed=seed,
-        augment=augment,
-        size=size,
-        shuffle=True,
-        drop_last=fit.drop_last,
-        device=device_of(run),
-        workers=run.workers,
+    loader: EpochLoader | Shared
+
+    def position() -> tuple[int, int]:
         # From the step alone: what Lightning keeps of its own position is not needed to resume.
-        position=lambda: divmod(trainer.global_step, len(loader)),
-    )
+        return divmod(trainer.global_step, len(loader))
+
+    def make(position: Callable[[], tuple[int, int]] | None) -> EpochLoader:
+        return EpochLoader(
+            train_split,
+            fit.batch_size,
+            seed=seed,
+            augment=augment,
+            size=size,
+            shuffle=True,
+            drop_last=fit.drop_last,
+            device=device_of(run),
+            workers=run.workers,
+            views=views,
+            view_seed=view_seed,
+            labels=labels,
+            position=position,
+        )
+
+    if turns is None:
+        loader = make(position)
+    else:
+        # The split and the labels are one object for all jobs that read the same.
+        words = (fit.batch_size, seed, augment, size, fit.drop_last, views, view_seed)
+        loader = turns.shared((id(train_split), id(labels), *words), lambda: make(None), position)
     recorder = Recorder(work, run.log_every, len(loader))
     selection = Selection(fit)
     every = 1 if fit.needs_validation else run.validate_every
     gpu = device_of(run).type == "cuda"
     # Filling fresh memory costs a write a tensor and hides no error here.
     setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010
+    together = Together(
+        [
+            Reseed(seed),
+            recorder,
+            selection,
+            Progress(tell, fit.epochs * len(loader)),
+            Checkpoint(work, run.checkpoint_seconds, recorder),
+            *watching,
+        ]
+    )
     with quiet():
         trainer = pl.Trainer(
             accelerator="gpu" if gpu else "cpu",
@@ -135,19 +173,9 @@ def train(
             enable_model_summary=False,
             profiler=_Unprofiled(),
             default_root_dir=work,
-            callbacks=[
-                Together(
-                    [
-                        Reseed(seed),
-                        recorder,
-                        selection,
-                        Progress(tell, fit.epochs * len(loader)),
-                        Checkpoint(work, run.checkpoint_seconds, recorder),
-                        *watching,
-                    ]
-                )
-            ],
+            callbacks=[together],
         )
+        install(trainer, together)
         resumed = resumable(work, tell)
         started = time.monotonic()
         trainer.fit(

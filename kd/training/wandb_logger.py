@@ -43,6 +43,7 @@ class SafeWandbLogger(Logger):
         name: str | None = None,
         project: str = "kd",
         tags: Sequence[str] = (),
+        beside: bool = False,
     ) -> None:
         """Remember what the run is; nothing is imported or written before a value is logged.
 
@@ -57,12 +58,14 @@ class SafeWandbLogger(Logger):
             name: shown in place of the id.
             project: the W&B project.
             tags: free words.
+            beside: other jobs of this process have runs of their own open.
         """
         super().__init__()
         self._key, self._folder, self._mode, self._stage = short(key), folder, mode, stage
         self._start: dict[str, Any] = {
             "id": self._key, "folder": folder, "mode": mode, "project": project, "job_type": stage, "group": sweep,
             "name": name or f"{stage} {self._key}", "tags": tags, "config": {**config, "dials": dict(dials or {})},
+            "beside": beside,
         }  # fmt: skip
         self._inner: WandbLogger | None = None
         self._warned = False

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from kd.errors import InputError
 from kd.models.build import create
 from kd.models.frozen import Frozen
-from kd.models.taps import Taps, layers
+from kd.models.taps import Taps, layers, pooled
 
 
 def net() -> nn.Sequential:
@@ -187,3 +187,30 @@ def test_every_listed_layer_can_be_tapped() -> None:
     taps = Taps(model, [path for path, _, _ in listed])
     model(torch.zeros(1, 3, 32, 32))
     assert {path: tuple(value.shape) for path, value in taps.pop().items()} == {p: shape for p, _, shape in listed}
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [((2, 3, 4, 4), (2, 3)), ((2, 5, 3), (2, 3)), ((2, 3), (2, 3))],
+    ids=["maps", "tokens", "flat"],
+)
+def test_pooled_features_are_one_vector_a_sample(shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    features = torch.arange(float(torch.Size(shape).numel())).reshape(shape)
+    found = pooled(features)
+    assert found.shape == expected
+    other = [axis for axis in range(len(shape)) if axis not in (0, 1 if len(shape) == 4 else len(shape) - 1)]
+    assert_close(found, features.mean(dim=other) if other else features)
+
+
+def test_features_of_another_rank_are_refused() -> None:
+    with pytest.raises(InputError, match=r"shape \(2,\) cannot be pooled"):
+        pooled(torch.zeros(2))
+
+
+def test_a_path_may_ask_for_the_pooled_output_beside_the_whole() -> None:
+    taps = Taps(model := net(), ["0", "0:pooled"])
+    model(IMAGES)
+    found = taps.pop()
+    assert found["0"].ndim == 4 and found["0:pooled"].equal(found["0"].mean(dim=(2, 3)))
+    with pytest.raises(InputError, match=r"'9' is no layer"):
+        Taps(model, ["9:pooled"])

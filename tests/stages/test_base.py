@@ -28,7 +28,7 @@ def test_a_stage_is_frozen_its_fields_are_config_and_it_has_a_version(kind):
     assert isinstance(kind.VERSION, int) and isinstance(kind.SINCE, dict)
     # A default would be a value that no key holds.
     assert all(f.default is f.default_factory is dataclasses.MISSING for f in fields.values())
-    assert all(callable(getattr(stage, name)) for name in ("unused", "check", "run"))
+    assert all(callable(getattr(stage, name)) for name in ("settled", "unused", "check", "run"))
 
 
 def test_a_room_tells_where_data_and_cache_are(monkeypatch, tmp_path):

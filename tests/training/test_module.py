@@ -23,9 +23,15 @@ def distiller(terms, student=None, **more) -> Distiller:
     return Distiller(student or net(), Objective(terms), configure(Fit(), 1), **more)
 
 
-def batch(count=4):
+def batch(count=4, **said):
     images = torch.rand(count, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    return {"image": images, "target": torch.arange(count) % 3, "row": torch.arange(count), "id": torch.arange(count)}
+    return {
+        "image": images,
+        "target": torch.arange(count) % 3,
+        "row": torch.arange(count),
+        "id": torch.arange(count),
+        **said,
+    }
 
 
 def small_cnn(seed=0, widths=(2, 3, 4, 5)):
@@ -35,8 +41,8 @@ def small_cnn(seed=0, widths=(2, 3, 4, 5)):
 
 
 def test_a_step_gives_the_weighted_sum_and_keeps_the_parts():
-    module = distiller({"ce": label_term(0.25), "kd": teacher_term(0.75)}, labels=torch.rand(4, 3))
-    total = module.training_step(batch(), 0)
+    module = distiller({"ce": label_term(0.25), "kd": teacher_term(0.75)}, stored=True)
+    total = module.training_step(batch(**{"teacher.logits": torch.rand(4, 3)}), 0)
     assert set(module.parts) == {"ce", "kd"}
     torch.testing.assert_close(total, 0.25 * module.parts["ce"] + 0.75 * module.parts["kd"])
     assert module.norms == {}
@@ -52,9 +58,10 @@ def test_gradient_norms_are_those_of_a_linear_net_by_hand():
     for parameter in student.parameters():
         nn.init.zeros_(parameter)
     terms = {"ce": label_term(0.1), "kd": teacher_term(0.9, temperature=2.0)}
-    module = distiller(terms, student, labels=torch.tensor([[2.0, 0.0]]))
+    module = distiller(terms, student, stored=True)
     module.norms_due = True
     one = {"image": torch.tensor([[[[1.0, 2.0]]]]), "target": torch.tensor([0]), "row": torch.tensor([0])}
+    one["teacher.logits"] = torch.tensor([[2.0, 0.0]])
     total = module.training_step(one, 0)
     length = math.sqrt(1 + 4 + 1)
     assert module.norms["ce"].item() == pytest.approx(0.1 * math.sqrt(0.5) * length, rel=1e-6)
@@ -68,9 +75,9 @@ def test_gradient_norms_are_those_of_a_linear_net_by_hand():
 def test_asking_for_norms_leaves_the_gradient_as_it_is():
     grads = []
     for due in (False, True):
-        module = distiller({"ce": label_term(0.5), "kd": teacher_term(0.5)}, labels=torch.ones(4, 3).cumsum(1))
+        module = distiller({"ce": label_term(0.5), "kd": teacher_term(0.5)}, stored=True)
         module.norms_due = due
-        module.training_step(batch(), 0).backward()
+        module.training_step(batch(**{"teacher.logits": torch.ones(4, 3).cumsum(1)}), 0).backward()
         grads.append([p.grad.clone() for p in module.student.parameters() if p.grad is not None])
     assert all(a.equal(b) for a, b in zip(*grads, strict=True)) and len(grads[0]) == 2
 
@@ -110,16 +117,12 @@ def test_the_teacher_stays_frozen_and_out_of_state_and_optimiser():
     assert set(module.views(batch())) == {"batch.target", "student.logits", "teacher.logits"}
 
 
-def test_stored_labels_are_read_row_by_row_and_are_no_state():
-    labels = torch.arange(12.0).reshape(4, 3)
-    module = distiller({"kd": teacher_term()}, labels=labels, teacher=small_cnn())
-    rows = {**batch(2), "row": torch.tensor([3, 1])}
-    assert module.views(rows)["teacher.logits"].equal(labels[[3, 1]])
-    assert module.teacher is None and "labels" not in module.state_dict()
-
-
-def test_labels_that_no_term_reads_are_let_go():
-    assert distiller({"ce": label_term()}, labels=torch.rand(4, 3)).labels is None
+def test_what_the_batch_brings_of_the_teacher_is_heard_in_its_place():
+    said = {"teacher.logits": torch.rand(2, 3), "teacher.conv1:pooled": torch.rand(2, 5)}
+    module = distiller({"kd": teacher_term()}, stored=True, teacher=small_cnn())
+    assert module.teacher is None
+    assert all(module.views(batch(2, **said))[name] is value for name, value in said.items())
+    assert not distiller({"ce": label_term()}, stored=True).stored  # no term reads them
 
 
 def test_projections_are_optimised_and_checkpointed_but_are_none_of_the_student():

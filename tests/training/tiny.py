@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kd.data import Split
+from kd.data.labels import StoredLabels
 from kd.losses.logits import CrossEntropy, SoftTargetKL
 from kd.models import Normalised
 from kd.objective import Objective, Term
@@ -66,7 +67,7 @@ def fitted(
     fit = fit or Fit(epochs=2, batch_size=4, lr=0.1, optimiser={"_target_": "torch.optim.SGD"})
     steps = count // fit.batch_size if fit.drop_last else -(-count // fit.batch_size)
     module = Distiller(
-        net(), Objective(terms or {"ce": label_term()}), configure(fit, steps), teacher=teacher, labels=labels
+        net(), Objective(terms or {"ce": label_term()}), configure(fit, steps), teacher, stored=labels is not None
     )
     folder.mkdir(parents=True, exist_ok=True)
     trace = train(
@@ -79,6 +80,7 @@ def fitted(
         augment="none",
         work=folder,
         tell=more.pop("tell", lambda event: None),
+        labels=None if labels is None else StoredLabels.of(labels),
         watching=watching,
         **more,
     )
