@@ -11,6 +11,8 @@ from kd.errors import InputError, nearest
 
 GROUPS = ("loss", "data", "fit", "pipeline", "run", "experiments")
 KINDS = (*GROUPS, "model", "stage", "layers")
+_PAPER = re.compile(r"(?P<method>[^:]+) \((?P<paper>[^()]*\b(?:19|20)\d\d)\): (?P<about>.+)")
+_FAMILIES = {"logits": "response", "self_taught": "response"}  # of the others the module's name is the family's
 
 
 def listing(what: str, pattern: str | None = None) -> list[dict[str, Any]]:
@@ -39,9 +41,23 @@ def _described(group: str) -> list[dict[str, Any]]:
     for name, text in described(folder):
         row: dict[str, Any] = {"name": name}
         if group == "loss":
-            row |= _term(name)
+            method, paper, text = cited(text)
+            row |= {**_term(name), "paper": paper}
+            text = f"{method}: {text}" if method else text
         rows.append({**row, "about": text})
     return rows
+
+
+def cited(line: str) -> tuple[str, str, str]:
+    """The method, its paper with the year, and what it does, of a line that names all three; else only the last.
+
+    >>> cited("DKD (Zhao et al. 2022): label against rest.")
+    ('DKD', 'Zhao et al. 2022', 'label against rest.')
+    >>> cited("The labels: what is left of alpha.")
+    ('', '', 'The labels: what is left of alpha.')
+    """
+    found = _PAPER.fullmatch(line)
+    return (found["method"], found["paper"], found["about"]) if found else ("", "", line)
 
 
 def described(folder: Path) -> list[tuple[str, str]]:
@@ -60,14 +76,13 @@ def _term(name: str) -> dict[str, Any]:
     node = OmegaConf.to_container(OmegaConf.load(conf_dir() / "loss" / f"{name}.yaml"), resolve=False)
     assert isinstance(node, dict)
     term = node[name]
-    views = [
-        f"{k}.<layer>" if term[k] == "???" else str(term[k]) for k in ("student", "teacher", "target") if k in term
-    ]
-    family = str(term["loss"]["_target_"]).split(".")[-2]
+    layers = {"student": "student.<layer>", "teacher": "teacher.<layer>", "feature": "student.<layer>"}
+    views = [layers[k] if term[k] == "???" else str(term[k]) for k in (*layers, "target") if k in term]
+    module = str(term["loss"]["_target_"]).split(".")[-2]
     # ${alpha} and ${complement:${alpha}}, as one would say them.
     weight = re.sub(r"\$\{(\w+)\}", r"\1", str(term["weight"]))
     weight = re.sub(r"\$\{complement:(\w+)\}", r"1 - \1", weight)
-    return {"family": family, "views": ", ".join(views), "weight": weight}
+    return {"family": _FAMILIES.get(module, module), "views": ", ".join(views), "weight": weight}
 
 
 def _models(pattern: str | None) -> list[dict[str, Any]]:

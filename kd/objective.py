@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from kd.errors import InputError, nearest
 Value = TypeVar("Value")
 
 LOGITS = "logits"
-_SIDES = {"student": "student", "teacher": "teacher", "target": "batch"}
+_SIDES = {"student": "student", "teacher": "teacher", "feature": "student", "target": "batch"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,11 +27,13 @@ class Term:
     """One loss, what it weighs, and the views it is given.
 
     Args:
-        loss: called as `loss(student=…)` with `teacher=…` and `target=…` where those are named; gives a scalar.
+        loss: called as `loss(student=…)` with `teacher=…`, `target=…` and `feature=…` where those are named; gives a
+            scalar.
         weight: 0 or more. At exactly 0 the term is not computed at all.
         student: `student.logits`, or `student.` and the path of a layer.
         teacher: `teacher.logits`, or `teacher.` and the path of a layer.
         target: `batch.target`.
+        feature: a second view of the student's, for a loss that reads its logits and a layer.
 
     Raises:
         InputError: if the weight is negative or no finite number, or a name does not begin as it must.
@@ -49,6 +51,7 @@ class Term:
     student: str
     teacher: str | None = None
     target: str | None = None
+    feature: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse what no batch can mend."""
@@ -74,7 +77,7 @@ class Term:
         >>> Term(CrossEntropy(), 1, student="student.logits", target="batch.target").names()
         {'student': 'student.logits', 'target': 'batch.target'}
         """
-        given = {"student": self.student, "teacher": self.teacher, "target": self.target}
+        given = {"student": self.student, "teacher": self.teacher, "feature": self.feature, "target": self.target}
         return {role: view for role, view in given.items() if view is not None}
 
 
@@ -115,6 +118,7 @@ class Objective(nn.Module):
             weightless = f"all weights are 0 ({', '.join(self.terms)})" if self.terms else "there is no term"
             raise InputError(f"the objective has nothing to minimise: {weightless}; give a term a weight above 0")
         self.losses = nn.ModuleDict({name: term.loss for name, term in self.active.items()})
+        self._scheduled: list[Any] = [term.loss for term in self.active.values() if hasattr(term.loss, "at")]
 
     @property
     def needs_teacher(self) -> bool:
@@ -136,7 +140,7 @@ class Objective(nn.Module):
         return sorted(v.partition(".")[2] for v in views if v.startswith(f"{side}.") and v != f"{side}.{LOGITS}")
 
     def bind(self, shapes: Mapping[str, torch.Size]) -> None:
-        """Tell each loss that asks for them the shapes of its two views, so that it can make its trainable parts.
+        """Tell each loss that asks for them the shapes of its views, so that it can make its trainable parts.
 
         They draw from the global generator in the order of the terms' names: the same seed gives the same parts.
 
@@ -156,6 +160,26 @@ class Objective(nn.Module):
                 bind(*found)
             except InputError as error:
                 raise InputError(f"the term {name!r} reads {' and '.join(wanted)}: {error}") from error
+
+    def at(self, epoch: float, epochs: int) -> None:
+        """Tell each loss that has a schedule where training stands; before a step, whatever the steps before it were.
+
+        What a loss makes of it is a function of these two numbers alone, so that a resumed run goes on as if it had
+        not stopped.
+
+        Args:
+            epoch: how many are done, 2.5 in the middle of the third.
+            epochs: how many there will be.
+
+        >>> from kd.losses.response import DKD
+        >>> views = {"student": "student.logits", "teacher": "teacher.logits", "target": "batch.target"}
+        >>> objective = Objective({"dkd": Term(DKD(warmup=4), 1.0, **views)})
+        >>> objective.at(epoch=0.5, epochs=10)
+        >>> objective.losses["dkd"].factor
+        0.25
+        """
+        for loss in self._scheduled:
+            loss.at(epoch, epochs)
 
     def forward(self, views: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar to minimise, and each active term's own loss before its weight.

@@ -25,8 +25,16 @@ LATE = {
     "pytorch_lightning.loggers.TensorBoardLogger": ("save_dir", "name", "version"),
 }
 LOGGERS = ["pytorch_lightning.loggers"]  # allowed under run.logger alone
-# What cannot do without further words: its fields must be set, or its data be there.
-WORDS = {"loss/hint": ["loss.hint.student=student.conv3", "loss.hint.teacher=teacher.conv3"]}
+# A layer for each view that a file of conf/loss leaves open.
+LAYERS = {"student": "student.conv3", "teacher": "teacher.conv3", "feature": "student.conv3"}
+
+
+def words(option):
+    """What a loss needs to be told: each view that its file leaves open."""
+    if not option.startswith("loss/"):
+        return []
+    ((name, term),) = yaml.safe_load((CONF / f"{option}.yaml").read_text()).items()
+    return [f"loss.{name}.{role}={layer}" for role, layer in LAYERS.items() if term.get(role) == "???"]
 
 
 def choose(option):
@@ -50,7 +58,7 @@ def bind(config, seen):
 
 @pytest.mark.parametrize("option", [option for option in OPTIONS if "/" in option])
 def test_every_option_composes_and_every_target_binds(option):
-    found, sweep = jobs([choose(option), *WORDS.get(option, [])])
+    found, sweep = jobs([choose(option), *words(option)])
     assert not sweep
     seen = set()
     bind(found[0].config, seen)

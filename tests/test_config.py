@@ -159,7 +159,7 @@ def test_what_tells_the_jobs_apart_is_their_label():
 REFUSED = [
     # misspelt or misplaced names
     ("data=mnst", "data=mnst: no such option; did you mean 'mnist'?"),
-    ("loss=[ce,kdd]", "loss=kdd: no such option; did you mean 'kd'?"),
+    ("loss=[ce,kdd]", "loss=kdd: no such option; did you mean 'kd'"),
     ("experiments=x", "experiments=x: no such option; there are e01_mnist, "),
     ("run/logger=[csvv]", "run/logger=csvv: no such option; did you mean 'csv'?"),
     ("model@student=wide", "model=wide: no such option; there is by_name"),

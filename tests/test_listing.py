@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+
 import pytest
 
 from kd.config import conf_dir
@@ -20,8 +24,25 @@ def test_every_option_of_a_group_is_listed_with_a_line(group):
 def test_a_loss_is_listed_with_what_it_reads_and_weighs():
     rows = {row["name"]: row for row in listing("loss")}
     assert rows["ce"]["weight"] == "1 - alpha" and rows["ce"]["views"] == "student.logits, batch.target"
-    assert rows["kd"]["weight"] == "alpha" and rows["kd"]["family"] == "logits"
+    assert rows["kd"]["weight"] == "alpha" and rows["kd"]["family"] == "response"
     assert rows["hint"]["views"] == "student.<layer>, teacher.<layer>"
+    assert rows["uskd"]["views"] == "student.logits, student.<layer>, batch.target"
+    assert rows["dkd"]["weight"] == "1.0" and rows["dkd"]["views"] == "student.logits, teacher.logits, batch.target"
+
+
+def test_a_loss_is_listed_with_its_paper_and_the_year():
+    rows = {row["name"]: row for row in listing("loss")}
+    assert rows["dkd"]["paper"] == "Zhao et al. 2022" and rows["dkd"]["about"].startswith("DKD: label against rest")
+    assert rows["rkd"]["paper"] == "Park et al. 2019" and rows["rkd"]["family"] == "relation"
+    assert rows["jsd"]["paper"] == "GKD, Agarwal et al. 2024" and rows["jsd"]["family"] == "sequence"
+    without = {name for name, row in rows.items() if not re.search(r"\b(19|20)\d\d$", row["paper"])}
+    assert without == {"ce"}, "the first line of a file in conf/loss is: method (authors and year): what it does"
+    assert not any("(" in row["paper"] or row["about"].startswith(":") for row in rows.values())
+
+
+def test_losses_are_listed_without_torch():
+    words = "import sys; from kd.listing import listing; listing('loss'); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", words], check=False).returncode == 0
 
 
 def test_the_options_of_an_inner_group_are_listed_by_their_path():

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from omegaconf import OmegaConf
 from torch import Tensor, nn, tensor
 from torch.testing import assert_close
@@ -98,6 +99,45 @@ def test_without_the_labels_weight_targets_are_ignored() -> None:
     objective({"student.logits": STUDENT, "teacher.logits": TEACHER})
 
 
+def test_a_loss_is_given_a_second_view_of_the_student_where_its_term_names_one() -> None:
+    class Two(nn.Module):
+        shapes: tuple[torch.Size, ...] = ()
+
+        def bind(self, *shapes: torch.Size) -> None:
+            self.shapes = shapes
+
+        def forward(self, student: Tensor, feature: Tensor, target: Tensor) -> Tensor:
+            return student.sum() + 10 * feature.sum() + 100 * target.sum()
+
+    views = {"student": "student.logits", "feature": "student.conv3", "target": "batch.target"}
+    objective = Objective({"two": Term(Two(), 1.0, **views)})
+    assert not objective.needs_teacher and objective.paths("student") == ["conv3"] and not objective.paths("teacher")
+    objective.bind(SHAPES | {"student.logits": STUDENT.shape})
+    assert objective.losses["two"].shapes == (STUDENT.shape, SHAPES["student.conv3"])
+    total, _ = objective(VIEWS | {"student.conv3": torch.ones(2, 3)})
+    assert total.item() == pytest.approx(STUDENT.sum().item() + 60 + 200)
+
+
+def test_losses_with_a_schedule_are_told_where_training_stands() -> None:
+    class Scheduled(nn.Module):
+        told: tuple[float, int] | None = None
+
+        def at(self, epoch: float, epochs: int) -> None:
+            self.told = epoch, epochs
+
+    first, idle = Scheduled(), Scheduled()
+    objective = Objective(
+        {
+            "ce": label(),
+            "first": Term(first, 1, student="student.logits"),
+            "idle": Term(idle, 0, student="student.logits"),
+        }
+    )
+    objective.at(2.5, 10)
+    assert first.told == (2.5, 10) and idle.told is None
+    assert set(objective.state_dict()) == set(), "where training stands is no state: it comes from the step"
+
+
 def test_paths_are_the_layers_to_tap_each_once() -> None:
     objective = Objective({"kd": soft(), "b": layer("layer2"), "a": layer("layer1.0"), "again": layer("layer2")})
     assert objective.paths("student") == objective.paths("teacher") == ["layer1.0", "layer2"]
@@ -124,6 +164,7 @@ def test_weights_are_plain_floats() -> None:
         ({"student": "teacher.logits"}, "'student.' was meant"),
         ({"teacher": "student.logits"}, "'teacher.' was meant, such as 'teacher.logits'"),
         ({"teacher": "layer3"}, "'teacher.' was meant"),
+        ({"feature": "teacher.layer3"}, "'student.' was meant"),
         ({"target": "target"}, "'batch.' was meant, such as 'batch.target'"),
         ({"weight": -0.1}, "weighs -0.1"),
         ({"weight": math.nan}, "weighs nan"),
@@ -233,10 +274,14 @@ def from_yaml(name: str, alpha: float, **fields: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONF.glob("*.yaml")))
 def test_each_file_under_conf_loss_makes_a_term(name: str) -> None:
-    fields = {"student": "student.conv3", "teacher": "teacher.conv3"} if name == "hint" else {}
-    terms = instantiate(from_yaml(name, alpha=0.75, **fields))
+    written = yaml.safe_load((CONF / f"{name}.yaml").read_text(encoding="utf-8"))[name]
+    layers = {"student": "student.conv3", "teacher": "teacher.conv3", "feature": "student.conv3"}
+    terms = instantiate(
+        from_yaml(name, 0.75, **{role: at for role, at in layers.items() if written.get(role) == "???"})
+    )
     assert isinstance(terms[name], Term)
-    assert Objective(terms).active[name].weight == {"ce": 0.25, "hint": 1.0}.get(name, 0.75)
+    weight = {"${alpha}": 0.75, "${complement:${alpha}}": 0.25}.get(written["weight"], written["weight"])
+    assert Objective(terms).active[name].weight == weight
 
 
 def test_the_default_files_make_the_objective_of_hinton() -> None:

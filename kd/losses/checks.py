@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kd.errors import InputError
 
@@ -29,6 +30,26 @@ def positive(name: str, value: float) -> float:
     """
     if not (isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf):
         raise BadValue(f"{name} is {value!r}; it must be a finite number above 0")
+    return float(value)
+
+
+def within(name: str, value: float, low: float = 0.0, high: float = math.inf) -> float:
+    """`value` as a float, refused unless it is finite and from `low` to `high`, both included.
+
+    Raises:
+        BadValue: if it lies outside, or is infinite or not a number.
+
+    >>> within("beta", 0, high=1)
+    0.0
+    >>> within("beta", 1.5, high=1)
+    Traceback (most recent call last):
+        ...
+    kd.losses.checks.BadValue: beta is 1.5; it must be a finite number from 0 to 1
+    """
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (number and math.isfinite(value) and low <= value <= high):
+        span = f"from {low:g} to {high:g}" if high < math.inf else f"of {low:g} or more"
+        raise BadValue(f"{name} is {value!r}; it must be a finite number {span}")
     return float(value)
 
 
@@ -72,6 +93,72 @@ classes
             "both must see the same batch"
         )
     return wide
+
+
+def labels(target: Tensor, student: Tensor) -> Tensor:
+    """`target` (N,) as int64, refused unless it holds a class of the student's logits (N, C) for each sample.
+
+    Raises:
+        InputError: if shape or type are others, or a label is no class of the student's.
+
+    >>> labels(torch.tensor([0, 3]), torch.zeros(2, 3))
+    Traceback (most recent call last):
+        ...
+    kd.errors.InputError: a label is no class of the student's 3: they go from 0 to 3
+    """
+    if target.shape != student.shape[:1] or target.is_floating_point() or target.dtype == torch.bool:
+        raise InputError(
+            f"the target is {_spelt(target)}; logits of shape {tuple(student.shape)} need {len(student)} class indices"
+        )
+    # A GPU would have to be waited for at every step; there the index is checked by the kernel that uses it.
+    if target.device.type == "cpu":
+        low, high = (int(end) for end in target.aminmax())
+        if low < 0 or high >= student.shape[1]:
+            raise InputError(f"a label is no class of the student's {student.shape[1]}: they go from {low} to {high}")
+    return target.long()
+
+
+def rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Features (N, …) of both as (N, D) in the precision to compute in; each may have a width of its own.
+
+    Raises:
+        InputError: if one holds no floats or nothing, or they are of two batches.
+
+    >>> first, second = rows(torch.zeros(2, 3, 4, 4), torch.zeros(2, 5))
+    >>> first.shape, second.shape
+    (torch.Size([2, 48]), torch.Size([2, 5]))
+    """
+    for name, values in (("student", student), ("teacher", teacher)):
+        if values.ndim < 2 or not values.is_floating_point() or not values.numel():
+            raise InputError(
+                f"the {name}'s features are {_spelt(values)}; a loss on relations needs floats of shape (N, …), "
+                "not empty"
+            )
+    if len(student) != len(teacher):
+        raise InputError(
+            f"the student's features are of {len(student)} samples and the teacher's of {len(teacher)}; "
+            "both must see the same batch"
+        )
+    return widened(student.flatten(1)), widened(teacher.flatten(1))
+
+
+def shown(*names: str) -> Callable[[nn.Module], str]:
+    """An `extra_repr` that shows these attributes."""
+
+    def extra_repr(module: nn.Module) -> str:
+        return ", ".join(f"{name}={getattr(module, name)!r}" for name in names)
+
+    return extra_repr
+
+
+def exactly(values: Tensor) -> torch.autocast:
+    """A context without autocast on the device of `values`, for products of matrices that half precision would spoil.
+
+    >>> with torch.autocast("cpu", torch.bfloat16), exactly(torch.zeros(1)):
+    ...     (torch.ones(1, 1) @ torch.ones(1, 1)).dtype
+    torch.float32
+    """
+    return torch.autocast(values.device.type, enabled=False)
 
 
 def widened(values: Tensor) -> Tensor:

@@ -13,6 +13,10 @@ import kd.data.augment
 import kd.data.readers
 import kd.losses.feature
 import kd.losses.logits
+import kd.losses.relation
+import kd.losses.response
+import kd.losses.self_taught
+import kd.losses.sequence
 import kd.models
 import kd.objective
 import kd.pipeline.work

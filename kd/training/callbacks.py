@@ -31,15 +31,16 @@ def _distiller(module: pl.LightningModule) -> Distiller:
 
 
 class Reseed(pl.Callback):
-    """Set torch's generators before each step from (seed, step): dropout does not know what ran before."""
+    """Set what a step depends on from (seed, step): neither dropout nor a loss's schedule knows what ran before."""
 
     def __init__(self, seed: int) -> None:
         """Keep the seed."""
         self.seed = seed
 
-    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Reseed from the global step."""
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Reseed from the global step, and tell the losses that have a schedule where it stands."""
         seed_step(self.seed, trainer.global_step)
+        _distiller(pl_module).objective.at(trainer.global_step / trainer.num_training_batches, trainer.max_epochs or 1)
 
 
 class Recorder(pl.Callback):

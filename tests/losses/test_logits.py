@@ -17,10 +17,14 @@ from kd.losses.logits import (
     CrossEntropy,
     SoftTargetCrossEntropy,
     SoftTargetKL,
+    Standardised,
     cross_entropy,
+    logit_mse,
     soft_target_cross_entropy,
     soft_target_kl,
+    standardised,
 )
+from kd.losses.response import DKD, dkd
 
 Array = NDArray[np.float64]
 
@@ -171,3 +175,71 @@ def test_the_functions_refuse_it_too(loss: type[SoftTargetKL]) -> None:
 
 def test_far_apart_logits_stay_finite() -> None:
     assert soft_target_kl(tensor([[1e4, -1e4]]), tensor([[-1e4, 1e4]]), 1.0).item() == pytest.approx(2e4)
+
+
+def test_kl_is_exactly_zero_at_identity() -> None:
+    assert soft_target_kl(tensor(STUDENT), tensor(STUDENT), 4.0).item() == 0
+
+
+def test_kl_at_a_learned_temperature_pulls_the_temperature() -> None:
+    student, teacher = (tensor(rows, dtype=torch.float64) for rows in (STUDENT, TEACHER))
+    temperature = tensor(4.0, dtype=torch.float64, requires_grad=True)
+    value = soft_target_kl(student, teacher, temperature)
+    value.backward()
+    at, up, down = (soft_target_kl(student, teacher, t).item() for t in (4.0, 4.001, 3.999))
+    assert value.item() == pytest.approx(at, rel=1e-12)
+    assert temperature.grad is not None and temperature.grad.item() == pytest.approx((up - down) / 0.002, rel=1e-6)
+
+
+def test_logit_mse_is_a_mean_over_all_elements_and_sees_what_a_softmax_does_not() -> None:
+    # Differences 1, 2, 0, -3: squares 1, 4, 0, 9. A constant added to a row changes no probability.
+    student, teacher = tensor([[2.0, 2.0], [0.0, 1.0]]), tensor([[1.0, 0.0], [0.0, 4.0]])
+    assert_close(logit_mse(student, teacher), tensor(3.5))
+    assert_close(logit_mse(student + 1, student), tensor(1.0))
+    found = logit_mse(tensor(STUDENT), tensor(TEACHER)).item()
+    assert found == pytest.approx(np.square(np.array(STUDENT) - np.array(TEACHER)).mean(), rel=1e-6)
+
+
+def test_standardised_logits_have_mean_zero_and_a_samples_deviation_of_one() -> None:
+    rows = np.array(STUDENT)
+    expected = (rows - rows.mean(1, keepdims=True)) / (1e-7 + rows.std(1, ddof=1, keepdims=True))
+    np.testing.assert_allclose(standardised(tensor(STUDENT)).numpy(), expected, rtol=1e-5)
+
+
+def test_a_row_of_equal_logits_is_zero_and_its_gradient_finite() -> None:
+    # A net whose head begins at zero gives such rows, and the slope of a root at 0 is none.
+    student = torch.zeros(2, 3, requires_grad=True)
+    value = Standardised(SoftTargetKL(2.0))(student=student, teacher=tensor([[1.0, 2.0, 3.0]] * 2))
+    value.backward()
+    assert value.isfinite() and student.grad is not None and student.grad.isfinite().all() and student.grad.any()
+
+
+def test_any_loss_on_logits_can_be_given_standardised_ones() -> None:
+    student, teacher, target = tensor(STUDENT), tensor(TEACHER), torch.arange(4)
+    given = {"student": student, "teacher": teacher}
+    plain = standardised(student), standardised(teacher)
+    assert_close(Standardised(SoftTargetKL(2.0))(**given), soft_target_kl(*plain, 2.0))
+    assert_close(Standardised(DKD())(**given, target=target), dkd(*plain, target))
+    # Only the shape of the logits counts, neither their scale nor their level.
+    moved = {"student": 3 * student + 1, "teacher": teacher / 2 - 5}
+    assert_close(Standardised(SoftTargetKL(2.0))(**moved), Standardised(SoftTargetKL(2.0))(**given))
+
+
+def test_standardised_logits_of_the_literal_case_are_pinned() -> None:
+    given = {"student": tensor(STUDENT), "teacher": tensor(TEACHER)}
+    p, q = (softmax((z - z.mean(1, keepdims=True)) / z.std(1, ddof=1, keepdims=True), 2.0) for z in CASES[0])
+    expected = 4 * (q * np.log(q / p)).sum(axis=1).mean()
+    found = Standardised(SoftTargetKL(2.0))(**given).item()
+    assert found == pytest.approx(expected, rel=1e-5) and found == pytest.approx(0.95591081, rel=1e-5)
+
+
+def test_a_schedule_goes_through_the_standardisation() -> None:
+    loss = Standardised(DKD())
+    loss.at(4.0, 240)
+    assert isinstance(loss.loss, DKD) and loss.loss.factor == 0.25
+    Standardised(SoftTargetKL(2.0)).at(4.0, 240)  # has none
+
+
+def test_logits_of_one_class_have_no_spread() -> None:
+    with pytest.raises(InputError, match="need two classes"):
+        standardised(torch.zeros(2, 1))

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from kd.errors import InputError
+from kd.losses.logits import cross_entropy
 from kd.models import weights_digest
 from kd.pipeline.execute import execute
 from kd.pipeline.jobs import call
@@ -117,6 +118,36 @@ def test_an_epoch_with_a_rest_resumes_to_the_same_bits(tmp_path):
     assert found is not None and found.card["resumed"] == [6]
     assert (found.card["weights"], found.card["trace"]) == (straight["weights"], straight["trace"])
     assert straight["trace"]["epochs"][0]["step"] == 5  # four batches of 60 and one of 16
+
+
+class Scheduled(nn.Module):
+    """The labels, weighed by the epochs that are done; it notes what it was told, and stops the run where told to."""
+
+    def __init__(self, kill=None):
+        super().__init__()
+        self.told, self.kill, self.weight = [], kill, 1.0
+
+    def at(self, epoch, epochs):
+        self.told.append((epoch, epochs))
+        self.weight = epoch
+        if len(self.told) == self.kill:
+            raise RuntimeError("killed")
+
+    def forward(self, student, target):
+        return self.weight * cross_entropy(student, target)
+
+
+def test_a_loss_with_a_schedule_is_told_before_each_step_and_a_resumed_run_tells_it_the_same(tmp_path):
+    steps = [(step / 5, 2) for step in range(10)]
+    run = run_of(tmp_path, checkpoint_seconds=0)
+    whole, cut, rest = Scheduled(), Scheduled(kill=4), Scheduled()
+    module, _ = fitted(tmp_path / "whole", terms={"ce": label_term(1.0, whole)}, run=run)
+    assert whole.told == steps
+    with pytest.raises(RuntimeError, match="killed"):
+        fitted(tmp_path / "cut", terms={"ce": label_term(1.0, cut)}, run=run)
+    resumed, trace = fitted(tmp_path / "cut", terms={"ce": label_term(1.0, rest)}, run=run)
+    assert trace.resumed == [3] and rest.told == steps[3:]
+    assert weights_digest(resumed.student.net) == weights_digest(module.student.net)
 
 
 def test_a_batch_larger_than_the_split_is_refused(tmp_path):

@@ -1,0 +1,510 @@
+"""Losses that take the teacher's response apart, weigh it by sample, or soften it in another way than one temperature.
+
+Each function names its paper and the code whose numbers it gives; weights of a term stand in the config, not here.
+Where a distribution leaves the label out, its probabilities are those of the other classes among themselves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kd.errors import InputError
+from kd.losses import checks
+from kd.losses.logits import soft_target_kl
+
+
+def dkd(
+    student: Tensor, teacher: Tensor, target: Tensor, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0
+) -> Tensor:
+    """The KL taken apart: alpha times that of label against rest, beta times that among the other classes.
+
+    Each is a sum over its outcomes and a mean over the batch, times temperature².
+
+    Zhao et al., "Decoupled Knowledge Distillation" (2022); megvii-research/mdistiller, mdistiller/distillers/DKD.py.
+
+    Args:
+        student: logits (N, C).
+        teacher: logits (N, C).
+        target: class indices (N,).
+        alpha: weight of the label against the rest (TCKD).
+        beta: weight of the other classes among themselves (NCKD).
+        temperature: divides both logits; above 0.
+
+    Raises:
+        BadValue: if a number is out of its range.
+        InputError: if shapes differ, the batch is empty, a label is no class, or there is one class only.
+
+    >>> dkd(torch.tensor([[0.0, 0.0]]), torch.tensor([[2.0, 0.0]]), torch.tensor([0]), temperature=1.0)
+    tensor(0.3278)
+    """
+    alpha, beta = checks.within("alpha", alpha), checks.within("beta", beta)
+    temperature = checks.positive("temperature", temperature)
+    student, teacher, target = _labelled(student, teacher, target)
+    student, teacher = student / temperature, teacher / temperature
+    total = student.new_zeros(())
+    if alpha:
+        s, t = _label_and_rest(student, target), _label_and_rest(teacher, target)
+        total = total + alpha * F.kl_div(s, t, reduction="batchmean", log_target=True)
+    if beta:
+        s, t = _others(student, target), _others(teacher, target)
+        total = total + beta * F.kl_div(s, t, reduction="batchmean", log_target=True)
+    return total * temperature**2
+
+
+def nkd(student: Tensor, teacher: Tensor, target: Tensor, gamma: float = 1.5, temperature: float = 1.0) -> Tensor:
+    """Cross-entropy at the label weighed by the teacher's belief in it, plus gamma times that among the other classes.
+
+    The first part is at temperature 1, the second at `temperature` and times temperature². Batch mean; not zero where
+    both agree.
+
+    Yang et al., "From Knowledge Distillation to Self-Knowledge Distillation" (2023); yzd-v/cls_KD,
+    mmcls/models/dis_losses/nkd.py.
+
+    Args:
+        student: logits (N, C).
+        teacher: logits (N, C).
+        target: class indices (N,).
+        gamma: weight of the other classes.
+        temperature: divides both logits in the second part; above 0.
+
+    Raises:
+        BadValue: if a number is out of its range.
+        InputError: if shapes differ, the batch is empty, a label is no class, or there is one class only.
+
+    >>> nkd(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([0]))  # ½ ln 2, and one other class has no choice
+    tensor(0.3466)
+    """
+    gamma = checks.within("gamma", gamma)
+    temperature = checks.positive("temperature", temperature)
+    student, teacher, target = _labelled(student, teacher, target)
+    belief = teacher.softmax(dim=1).gather(1, target[:, None]).detach()
+    total = (belief * -student.log_softmax(dim=1).gather(1, target[:, None])).mean()
+    if gamma:
+        s, t = _others(student / temperature, target), _others(teacher / temperature, target)
+        total = total - gamma * temperature**2 * (t.exp() * s).sum(dim=1).mean()
+    return total
+
+
+def wsld(student: Tensor, teacher: Tensor, target: Tensor, temperature: float = 4.0) -> Tensor:
+    """Cross-entropy against the teacher at `temperature`, each sample weighed by how much worse the student knows it.
+
+    The weight is 1 - exp(-CE_s / (CE_t + 1e-7)) of the cross-entropies with the label, and a constant to the gradient.
+    Times temperature²; batch mean; not zero where both agree.
+
+    Zhou et al., "Rethinking Soft Labels for Knowledge Distillation: A Bias-Variance Tradeoff Perspective" (2021);
+    yzd-v/cls_KD, mmcls/models/dis_losses/wsld.py.
+
+    Args:
+        student: logits (N, C).
+        teacher: logits (N, C).
+        target: class indices (N,).
+        temperature: divides both logits; above 0.
+
+    Raises:
+        BadValue: if the temperature is not a finite number above 0.
+        InputError: if shapes differ, the batch is empty, or a label is no class.
+
+    >>> wsld(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([0]), temperature=1.0)  # (1 - 1/e) ln 2
+    tensor(0.4382)
+    """
+    temperature = checks.positive("temperature", temperature)
+    student, teacher, target = _labelled(student, teacher, target)
+    surprise = [F.cross_entropy(z.detach(), target, reduction="none") for z in (student, teacher)]
+    weight = -torch.expm1(-surprise[0] / (surprise[1] + 1e-7))
+    each = F.cross_entropy(student / temperature, (teacher / temperature).softmax(dim=1), reduction="none")
+    return (weight * each).mean() * temperature**2
+
+
+def dist(student: Tensor, teacher: Tensor, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0) -> Tensor:
+    """1 - Pearson's correlation of the distributions: beta times over each sample's classes, gamma over each class's.
+
+    Mean over samples and mean over classes, each times temperature² as in the authors' code; 1e-8 in the divisor.
+
+    Huang et al., "Knowledge Distillation from A Stronger Teacher" (2022); open-mmlab/mmrazor,
+    mmrazor/models/losses/dist_loss.py.
+
+    Args:
+        student: logits (N, C).
+        teacher: logits (N, C).
+        beta: weight of the relation between classes, sample by sample.
+        gamma: weight of the relation within a class, over the batch.
+        temperature: divides both logits; above 0.
+
+    Raises:
+        BadValue: if a number is out of its range.
+        InputError: if shapes differ or the batch is empty.
+
+    >>> logits = torch.tensor([[2.0, 0.0, 1.0], [0.0, 1.0, 3.0]])
+    >>> round(dist(logits, logits).item(), 4), round(dist(logits, logits.flip(0)).item(), 4)
+    (0.0, 3.3355)
+    """
+    beta, gamma = checks.within("beta", beta), checks.within("gamma", gamma)
+    temperature = checks.positive("temperature", temperature)
+    student, teacher = ((z / temperature).softmax(dim=1) for z in checks.pair(student, teacher))
+    between = 1 - _correlation(student, teacher).mean()
+    within = 1 - _correlation(student.T, teacher.T).mean()
+    return (beta * between + gamma * within) * temperature**2
+
+
+def mlkd(
+    student: Tensor,
+    teacher: Tensor,
+    temperatures: Sequence[float] = (2.0, 3.0, 4.0, 5.0, 6.0),
+    keep: float | None = 0.5,
+) -> Tensor:
+    """At each temperature: the KL times temperature², and how the class and the sample correlations differ.
+
+    With P the (N, C) probabilities, these are the squared differences of PᵀP over C and of PPᵀ over N, summed. As in
+    the authors' code the masks do not choose rows: KL and sample part are scaled by the share of samples, the class
+    part by the share of classes, whose confidence in the teacher (at temperature 1) is at most the `keep` quantile.
+
+    Jin, Wang and Lin, "Multi-Level Logit Distillation" (2023); Jin-Ying/Multi-Level-Logit-Distillation,
+    mdistiller/distillers/KD_ours.py, its weakly augmented half. There the other half reads two of its temperatures from
+    the weak view and drops its class part; here each temperature reads the views that it is given.
+
+    Args:
+        student: logits (N, C).
+        teacher: logits (N, C).
+        temperatures: each divides both logits; above 0.
+        keep: the quantile, 0 to 1; None for no shares, as for the strongly augmented half.
+
+    Raises:
+        BadValue: if a number is out of its range.
+        InputError: if there is no temperature, shapes differ or the batch is empty.
+
+    >>> logits = torch.tensor([[2.0, 0.0, 1.0], [0.0, 1.0, 3.0]])
+    >>> mlkd(logits, logits), mlkd(logits, logits.flip(0)) > 0
+    (tensor(0.), tensor(True))
+    """
+    if not temperatures:
+        raise InputError("mlkd has no temperature; give one or more, such as [2, 3, 4, 5, 6]")
+    temperatures = [checks.positive("temperature", temperature) for temperature in temperatures]
+    student, teacher = checks.pair(student, teacher)
+    samples = classes = student.new_ones(())
+    if keep is not None:
+        quantile = checks.within("keep", keep, high=1.0)
+        belief = teacher.detach().softmax(dim=1)
+        samples, classes = (_share(values, quantile) for values in (belief.amax(dim=1), belief.sum(dim=0)))
+    total = student.new_zeros(())
+    for temperature in temperatures:
+        s, t = ((z / temperature).softmax(dim=1) for z in (student, teacher))
+        with checks.exactly(s):
+            by_class = (t.T @ t - s.T @ s).square().sum() / s.shape[1]
+            by_sample = (t @ t.T - s @ s.T).square().sum() / len(s)
+        total = total + samples * (soft_target_kl(student, teacher, temperature) + by_sample) + classes * by_class
+    return total
+
+
+def ttm(student: Tensor, teacher: Tensor, gamma: float = 0.1) -> Tensor:
+    """KL(q ‖ student) with q the teacher's probabilities to the power of gamma, normalised: batch mean.
+
+    No temperature²: the power is a temperature of 1/gamma on the teacher alone, and the student is not softened.
+
+    Zheng and Yang, "Knowledge Distillation Based on Transformed Teacher Matching" (2024); zkxufo/TTM,
+    distiller_zoo/ttm.py.
+
+    Args:
+        student: logits (N, C).
+        teacher: logits (N, C).
+        gamma: the power; above 0. At 1 this is the KL at temperature 1.
+
+    Raises:
+        BadValue: if gamma is not a finite number above 0.
+        InputError: if shapes differ or the batch is empty.
+
+    >>> ttm(torch.tensor([[0.0, 0.0]]), torch.tensor([[2.0, 0.0]]), gamma=1.0)
+    tensor(0.3278)
+    """
+    return _transformed(student, teacher, gamma)[0].mean()
+
+
+def wttm(student: Tensor, teacher: Tensor, gamma: float = 0.1) -> Tensor:
+    """`ttm` with each sample weighed by the sum of the teacher's powered probabilities: more where it is less sure.
+
+    Zheng and Yang, "Knowledge Distillation Based on Transformed Teacher Matching" (2024); zkxufo/TTM,
+    distiller_zoo/wttm.py.
+
+    Args:
+        student: logits (N, C).
+        teacher: logits (N, C).
+        gamma: the power; above 0. At 1 this is the KL at temperature 1.
+
+    Raises:
+        BadValue: if gamma is not a finite number above 0.
+        InputError: if shapes differ or the batch is empty.
+
+    >>> wttm(torch.tensor([[0.0, 0.0]]), torch.tensor([[2.0, 0.0]]), gamma=1.0)
+    tensor(0.3278)
+    """
+    each, power = _transformed(student, teacher, gamma)
+    return (power * each).mean()
+
+
+def ofa(student: Tensor, teacher: Tensor, target: Tensor, power: float = 1.0, temperature: float = 1.0) -> Tensor:
+    """Cross-entropy against (p + y)^power - y, with p the teacher's distribution and y the label's: batch mean.
+
+    At power 1 it is the cross-entropy against the teacher; above, the label counts more. No temperature².
+
+    Hao et al., "One-for-All: Bridge the Gap Between Heterogeneous Architectures in Knowledge Distillation" (2023), its
+    part on the logits; Hao840/OFAKD, distillers/ofa.py.
+
+    Args:
+        student: logits (N, C).
+        teacher: logits (N, C).
+        target: class indices (N,).
+        power: 1 or more (epsilon in the paper, gamma in its equation).
+        temperature: divides both logits; above 0.
+
+    Raises:
+        BadValue: if a number is out of its range.
+        InputError: if shapes differ, the batch is empty, or a label is no class.
+
+    >>> ofa(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([0]))
+    tensor(0.6931)
+    """
+    power = checks.within("power", power, 1.0)
+    temperature = checks.positive("temperature", temperature)
+    student, teacher, target = _labelled(student, teacher, target)
+    label = _is_label(student, target).to(student.dtype)
+    goal = ((teacher / temperature).softmax(dim=1) + label) ** power - label
+    return -(goal * (student / temperature).log_softmax(dim=1)).sum(dim=1).mean()
+
+
+class DKD(nn.Module):
+    """`dkd` as a term's loss, rising linearly over the first epochs: the n-th epoch weighs n / warmup, at most 1.
+
+    Before `at` is called it weighs 1.
+
+    >>> loss = DKD(warmup=20)
+    >>> loss.at(epoch=4.5, epochs=240)  # within the fifth
+    >>> loss.factor
+    0.25
+    """
+
+    extra_repr = checks.shown("alpha", "beta", "temperature", "warmup")
+
+    def __init__(self, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0, warmup: float = 20.0) -> None:
+        super().__init__()
+        self.alpha, self.beta = checks.within("alpha", alpha), checks.within("beta", beta)
+        self.temperature = checks.positive("temperature", temperature)
+        self.warmup = checks.within("warmup", warmup)
+        self.factor = 1.0
+
+    def at(self, epoch: float, epochs: int) -> None:
+        """Set the weight for where training stands: `epoch` epochs are done."""
+        self.factor = min((math.floor(epoch) + 1) / self.warmup, 1.0) if self.warmup else 1.0
+
+    def forward(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+        """The scalar for logits (N, C) of both and class indices (N,)."""
+        return self.factor * dkd(student, teacher, target, self.alpha, self.beta, self.temperature)
+
+
+class NKD(nn.Module):
+    """`nkd` as a term's loss."""
+
+    extra_repr = checks.shown("gamma", "temperature")
+
+    def __init__(self, gamma: float = 1.5, temperature: float = 1.0) -> None:
+        super().__init__()
+        self.gamma, self.temperature = checks.within("gamma", gamma), checks.positive("temperature", temperature)
+
+    def forward(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+        """The scalar for logits (N, C) of both and class indices (N,)."""
+        return nkd(student, teacher, target, self.gamma, self.temperature)
+
+
+class WSLD(nn.Module):
+    """`wsld` as a term's loss."""
+
+    extra_repr = checks.shown("temperature")
+
+    def __init__(self, temperature: float = 4.0) -> None:
+        super().__init__()
+        self.temperature = checks.positive("temperature", temperature)
+
+    def forward(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+        """The scalar for logits (N, C) of both and class indices (N,)."""
+        return wsld(student, teacher, target, self.temperature)
+
+
+class DIST(nn.Module):
+    """`dist` as a term's loss."""
+
+    extra_repr = checks.shown("beta", "gamma", "temperature")
+
+    def __init__(self, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0) -> None:
+        super().__init__()
+        self.beta, self.gamma = checks.within("beta", beta), checks.within("gamma", gamma)
+        self.temperature = checks.positive("temperature", temperature)
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The scalar for logits (N, C) of both."""
+        return dist(student, teacher, self.beta, self.gamma, self.temperature)
+
+
+class MLKD(nn.Module):
+    """`mlkd` as a term's loss."""
+
+    extra_repr = checks.shown("temperatures", "keep")
+
+    def __init__(self, temperatures: Sequence[float] = (2.0, 3.0, 4.0, 5.0, 6.0), keep: float | None = 0.5) -> None:
+        super().__init__()
+        self.temperatures = [checks.positive("temperature", temperature) for temperature in temperatures]
+        self.keep = None if keep is None else checks.within("keep", keep, high=1.0)
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The scalar for logits (N, C) of both."""
+        return mlkd(student, teacher, self.temperatures, self.keep)
+
+
+class TTM(nn.Module):
+    """`ttm` as a term's loss."""
+
+    extra_repr = checks.shown("gamma")
+
+    def __init__(self, gamma: float = 0.1) -> None:
+        super().__init__()
+        self.gamma = checks.positive("gamma", gamma)
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The scalar for logits (N, C) of both."""
+        return ttm(student, teacher, self.gamma)
+
+
+class WTTM(nn.Module):
+    """`wttm` as a term's loss."""
+
+    extra_repr = checks.shown("gamma")
+
+    def __init__(self, gamma: float = 0.1) -> None:
+        super().__init__()
+        self.gamma = checks.positive("gamma", gamma)
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The scalar for logits (N, C) of both."""
+        return wttm(student, teacher, self.gamma)
+
+
+class OFA(nn.Module):
+    """`ofa` as a term's loss."""
+
+    extra_repr = checks.shown("power", "temperature")
+
+    def __init__(self, power: float = 1.0, temperature: float = 1.0) -> None:
+        super().__init__()
+        self.power = checks.within("power", power, 1.0)
+        self.temperature = checks.positive("temperature", temperature)
+
+    def forward(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+        """The scalar for logits (N, C) of both and class indices (N,)."""
+        return ofa(student, teacher, target, self.power, self.temperature)
+
+
+class LearnedTemperatureKL(nn.Module):
+    """`soft_target_kl` at a temperature that is learned against the student: CTKD with its global temperature.
+
+    The temperature is `low` + `span` · σ(theta), theta starting at 1 and trained with the student, but its gradient is
+    multiplied by a factor that goes from `begin` to `end` along a half cosine over the first `epochs` epochs: from 0,
+    where the temperature rests, to -1, where it climbs the loss. Before `at` is called the factor is `end`.
+
+    Li et al., "Curriculum Temperature for Knowledge Distillation" (2023); zhengli97/CTKD, helper/loops.py and
+    train_student.py.
+
+    Args:
+        low: the temperature's lower bound.
+        span: how far above it the temperature may go.
+        begin: the gradient's factor before the first epoch.
+        end: the factor from the `epochs`-th epoch on; 1 would learn the temperature together with the student.
+        epochs: over how many epochs it goes from the one to the other.
+
+    >>> loss = LearnedTemperatureKL()
+    >>> loss.temperature()
+    tensor(15.6212, grad_fn=<AddBackward0>)
+    >>> loss.at(epoch=4.0, epochs=240)  # the fifth is half of ten
+    >>> loss.factor
+    -0.5
+    """
+
+    extra_repr = checks.shown("low", "span", "begin", "end", "epochs")
+
+    def __init__(
+        self, low: float = 1.0, span: float = 20.0, begin: float = 0.0, end: float = -1.0, epochs: float = 10.0
+    ) -> None:
+        super().__init__()
+        self.low, self.span = checks.positive("low", low), checks.positive("span", span)
+        self.begin, self.end = (checks.within(n, v, -math.inf) for n, v in (("begin", begin), ("end", end)))
+        self.epochs = checks.positive("epochs", epochs)
+        self.factor = self.end
+        self.theta = nn.Parameter(torch.ones(()))
+
+    def at(self, epoch: float, epochs: int) -> None:
+        """Set the gradient's factor for where training stands: `epoch` epochs are done."""
+        way = min((math.floor(epoch) + 1) / self.epochs, 1.0)
+        self.factor = (math.cos(math.pi * way) + 1) / 2 * (self.begin - self.end) + self.end
+
+    def temperature(self) -> Tensor:
+        """The temperature as a scalar, whose gradient on theta is the factor's multiple."""
+        theta = checks.widened(self.theta)
+        fixed = theta.detach()
+        return self.low + self.span * torch.sigmoid(fixed + self.factor * (theta - fixed))
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The scalar for logits (N, C) of both."""
+        return soft_target_kl(student, teacher, self.temperature())
+
+
+def _labelled(student: Tensor, teacher: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    student, teacher = checks.pair(student, teacher)
+    return student, teacher, checks.labels(target, student)
+
+
+def _is_label(logits: Tensor, target: Tensor) -> Tensor:
+    return torch.arange(logits.shape[1], device=logits.device) == target[:, None]
+
+
+def _others(logits: Tensor, target: Tensor) -> Tensor:
+    """(N, C) log-probabilities of the classes but the label among themselves, and 0 at the label.
+
+    There neither a KL of two such, exp(0) · (0 - 0), nor a cross-entropy, exp(0) · 0, adds anything.
+    """
+    if logits.shape[1] < 2:
+        raise InputError(
+            f"logits of shape {tuple(logits.shape)} have no class beside the label; two or more are needed"
+        )
+    label = _is_label(logits, target)
+    return logits.masked_fill(label, -math.inf).log_softmax(dim=1).masked_fill(label, 0.0)
+
+
+def _label_and_rest(logits: Tensor, target: Tensor) -> Tensor:
+    """(N, 2) log-probabilities of the label and of all else; in logs, as 1 - p would be 0 for a sure net."""
+    if logits.shape[1] < 2:
+        raise InputError(
+            f"logits of shape {tuple(logits.shape)} have no class beside the label; two or more are needed"
+        )
+    rest = logits.masked_fill(_is_label(logits, target), -math.inf).logsumexp(dim=1)
+    return torch.stack([logits.gather(1, target[:, None])[:, 0], rest], dim=1).log_softmax(dim=1)
+
+
+def _correlation(first: Tensor, second: Tensor) -> Tensor:
+    """Pearson's correlation of each row of one with the same row of the other."""
+    first, second = (values - values.mean(dim=1, keepdim=True) for values in (first, second))
+    lengths: Tensor = torch.linalg.vector_norm(first, dim=1) * torch.linalg.vector_norm(second, dim=1)
+    return (first * second).sum(dim=1) / (lengths + 1e-8)
+
+
+def _share(values: Tensor, quantile: float) -> Tensor:
+    return (values <= values.quantile(quantile)).to(values.dtype).mean()
+
+
+def _transformed(student: Tensor, teacher: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+    """(N,) of KL(q ‖ student), and the sum of the teacher's probabilities to the power of gamma."""
+    gamma = checks.positive("gamma", gamma)
+    student, teacher = checks.pair(student, teacher)
+    powered = gamma * teacher.log_softmax(dim=1)
+    goal, given = powered.log_softmax(dim=1), student.log_softmax(dim=1)
+    return (goal.exp() * (goal - given)).sum(dim=1), powered.logsumexp(dim=1).exp()

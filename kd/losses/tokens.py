@@ -1,0 +1,130 @@
+"""A mean over tokens that never holds more than a piece of the vocabulary's distributions.
+
+(8, 1024, 50257) logits are 0.8 GB in half precision and twice that in single, and autograd would keep several such for
+one divergence. Here it keeps the inputs alone and computes each piece again for the gradient: beside that gradient, in
+the student's own precision, it needs a few hundred MB.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kd.errors import InputError
+from kd.losses import checks
+
+Pointwise = Callable[..., Tensor]
+IGNORED = -100  # the label that no token has
+PIECE = 2**22  # logits that are computed at a time
+
+
+def token_mean(each: Pointwise, student: Tensor, others: Sequence[Tensor], target: Tensor | None = None) -> Tensor:
+    """Mean of `each` over the tokens that count; 0 where none does, whatever stands at the others.
+
+    Only the student gets a gradient, and there is no second derivative.
+
+    Args:
+        each: from logits (..., C) and a piece of each of the others, none in half precision, to a number a token (...).
+        student: logits (N, C) or (B, L, C).
+        others: tensors whose first axes are those of the tokens.
+        target: labels, of which `IGNORED` does not count, or a mask; (N,) or (B, L). Without it all count.
+
+    Raises:
+        InputError: if the target is no label and no mask of each token.
+
+    >>> logits = torch.tensor([[1.0, 3.0], [5.0, 9.0], [7.0, 0.0]])
+    >>> token_mean(lambda z: z.sum(dim=-1), logits, (), torch.tensor([0, 1, -100]))
+    tensor(9.)
+    """
+    found: Tensor = _TokenMean.apply(student, _counts(target, student), each, *others)
+    return found
+
+
+def check_tokens(name: str, values: Tensor) -> None:
+    """Refuse what are no logits of tokens.
+
+    Raises:
+        InputError: if they are no floats of shape (N, C) or (B, L, C), or empty.
+    """
+    if values.ndim not in (2, 3) or not values.is_floating_point() or not values.numel():
+        raise InputError(
+            f"the {name}'s logits are {str(values.dtype).removeprefix('torch.')} of shape {tuple(values.shape)}; "
+            "a loss on tokens needs floats of shape (N, C) or (B, L, C), not empty"
+        )
+
+
+def check_pair(student: Tensor, teacher: Tensor) -> None:
+    """Refuse logits that are not of the same tokens and vocabulary.
+
+    Raises:
+        InputError: if one are no logits of tokens, or the shapes differ.
+    """
+    check_tokens("student", student)
+    check_tokens("teacher", teacher)
+    if student.shape != teacher.shape:
+        raise InputError(
+            f"the student's logits are of shape {tuple(student.shape)} and the teacher's of {tuple(teacher.shape)}; "
+            "both must see the same tokens and have the same vocabulary"
+        )
+
+
+def pieces(shape: Sequence[int]) -> Iterator[tuple[slice, ...]]:
+    """Slices over all axes but the last that together hold each token once, each of about `PIECE` logits at most.
+
+    >>> list(pieces((3, PIECE)))
+    [(slice(0, 1, None),), (slice(1, 2, None),), (slice(2, 3, None),)]
+    """
+    tokens = max(1, PIECE // shape[-1])
+    if len(shape) == 2:
+        yield from ((slice(i, i + tokens),) for i in range(0, shape[0], tokens))
+        return
+    rows, columns = max(1, tokens // shape[1]), min(tokens, shape[1])
+    for i in range(0, shape[0], rows):
+        yield from ((slice(i, i + rows), slice(j, j + columns)) for j in range(0, shape[1], columns))
+
+
+class _TokenMean(torch.autograd.Function):
+    """The mean, and a gradient that computes each piece again."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, counts: Tensor, each: Pointwise, *others: Tensor) -> Tensor:
+        ctx.save_for_backward(student, counts, *others)
+        ctx.each = each
+        total = checks.widened(student.new_zeros(()))
+        for at in pieces(student.shape):
+            total = total + _sum(each, checks.widened(student[at]), counts, others, at)
+        return total / counts.sum().clamp(min=1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
+        student, counts, *others = ctx.saved_tensors
+        scale = outer / counts.sum().clamp(min=1)
+        gradient = torch.empty_like(student)
+        for at in pieces(student.shape):
+            with torch.enable_grad():
+                part = checks.widened(student[at]).detach().requires_grad_()
+                (found,) = torch.autograd.grad(_sum(ctx.each, part, counts, others, at), part)
+            # Not found times the mask: what stands at a token that does not count may be NaN.
+            gradient[at] = torch.where(counts[at][..., None], scale * found, 0.0)
+        return (gradient, *(None for _ in range(2 + len(others))))
+
+
+def _sum(each: Pointwise, part: Tensor, counts: Tensor, others: Sequence[Tensor], at: tuple[slice, ...]) -> Tensor:
+    found = each(part, *(checks.widened(values[at]).detach() for values in others))
+    return torch.where(counts[at], found, 0.0).sum()
+
+
+def _counts(target: Tensor | None, student: Tensor) -> Tensor:
+    """True for each token that counts."""
+    if target is None:
+        return torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device)
+    if target.shape != student.shape[:-1] or target.is_floating_point():
+        raise InputError(
+            f"the target is {str(target.dtype).removeprefix('torch.')} of shape {tuple(target.shape)}; logits of shape "
+            f"{tuple(student.shape)} need a label or a mask a token, {tuple(student.shape[:-1])}"
+        )
+    return target if target.dtype == torch.bool else target != IGNORED

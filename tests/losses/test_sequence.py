@@ -1,0 +1,268 @@
+"""Divergences over tokens: pinned numbers, numpy formulas, limits, and mistakes that others published."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn, tensor
+from torch.testing import assert_close
+
+from kd.errors import InputError
+from kd.losses.checks import BadValue
+from kd.losses.logits import soft_target_kl
+from kd.losses.sequence import (
+    ForwardKL,
+    GeneralisedJSD,
+    ReverseKL,
+    SkewForwardKL,
+    SkewReverseKL,
+    SymmetricKL,
+    TopKKL,
+    TotalVariation,
+    forward_kl,
+    generalised_jsd,
+    reverse_kl,
+    skew_forward_kl,
+    skew_reverse_kl,
+    symmetric_kl,
+    top_k,
+    top_k_kl,
+    total_variation,
+)
+from tests.losses.waves import Array, kl, softmax, tensors, wave
+
+STUDENT, TEACHER = wave(3, 4, 6), wave(3, 4, 6, phase=1.0)
+S, T = tensors(STUDENT, TEACHER)
+COUNTS = np.array([[1, 1, 0, 0], [1, 1, 1, 1], [0, 1, 0, 1]], dtype=bool)
+MASK = torch.from_numpy(COUNTS)
+LABELS = torch.where(MASK, 5, -100)
+
+
+def mean(per_token: Array) -> float:
+    return float(per_token[COUNTS].mean())
+
+
+def jsd(s: Array, t: Array, beta: float) -> Array:
+    m = beta * t + (1 - beta) * s
+    return beta * kl(t, m) + (1 - beta) * kl(s, m)
+
+
+Formula = Callable[[Array, Array], Array]
+FORMULAS: dict[str, tuple[Callable[..., Tensor], dict[str, float], int, Formula]] = {
+    # function, its settings, the power of the temperature that it carries, and the formula of two distributions
+    "forward": (forward_kl, {}, 2, lambda s, t: kl(t, s)),
+    "reverse": (reverse_kl, {}, 2, lambda s, t: kl(s, t)),
+    "symmetric": (symmetric_kl, {}, 2, lambda s, t: (kl(t, s) + kl(s, t)) / 2),
+    "symmetric at 0.9": (symmetric_kl, {"balance": 0.9}, 2, lambda s, t: 0.1 * kl(t, s) + 0.9 * kl(s, t)),
+    "jsd": (generalised_jsd, {}, 0, lambda s, t: jsd(s, t, 0.5)),
+    "jsd at 0.1": (generalised_jsd, {"beta": 0.1}, 0, lambda s, t: jsd(s, t, 0.1)),
+    "jsd at 0": (generalised_jsd, {"beta": 0.0}, 0, lambda s, t: kl(t, s)),
+    "jsd at 1": (generalised_jsd, {"beta": 1.0}, 0, lambda s, t: kl(s, t)),
+    "skew forward": (skew_forward_kl, {}, 2, lambda s, t: kl(t, 0.1 * t + 0.9 * s)),
+    "skew forward at 0.5": (skew_forward_kl, {"skew": 0.5}, 2, lambda s, t: kl(t, (t + s) / 2)),
+    "skew reverse": (skew_reverse_kl, {}, 2, lambda s, t: kl(s, 0.9 * t + 0.1 * s)),
+    "total variation": (total_variation, {}, 0, lambda s, t: np.abs(t - s).sum(axis=-1) / 2),
+}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.9, 2.0])
+@pytest.mark.parametrize("name", FORMULAS)
+def test_it_is_that_of_the_numpy_formula_over_the_tokens_that_count(name: str, temperature: float) -> None:
+    loss, settings, power, formula = FORMULAS[name]
+    expected = temperature**power * mean(formula(softmax(STUDENT, temperature), softmax(TEACHER, temperature)))
+    for target in (LABELS, MASK):
+        assert loss(S, T, target, temperature, **settings).item() == pytest.approx(expected, rel=1e-5)
+    flat = S[MASK], T[MASK]
+    assert loss(*flat, None, temperature, **settings).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "pinned"),
+    [
+        ("forward", 1.3621774),
+        ("reverse", 1.4613748),
+        ("symmetric", 1.4117761),
+        ("jsd", 0.26418966),
+        ("jsd at 0.1", 0.10713875),
+        ("skew forward", 0.88238275),
+        ("skew reverse", 0.89914049),
+        ("total variation", 0.57963486),
+    ],
+)
+def test_it_is_pinned(name: str, pinned: float) -> None:
+    loss, settings, _, _ = FORMULAS[name]
+    assert loss(S, T, LABELS, **settings).item() == pytest.approx(pinned, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_it_is_zero_at_identity(name: str) -> None:
+    """A published forward KL gives 2.0 for the same logits on both sides: it is the cross-entropy."""
+    loss, settings, _, _ = FORMULAS[name]
+    assert loss(S, S, LABELS, **settings).item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_where_no_token_counts_it_is_zero_and_never_nan(name: str) -> None:
+    loss, settings, _, _ = FORMULAS[name]
+    student = S.clone().requires_grad_()
+    value = loss(student, T, torch.zeros_like(MASK), **settings)
+    value.backward()
+    assert value.item() == 0 and student.grad is not None and student.grad.eq(0).all()
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_a_class_that_one_side_bars_adds_nothing(name: str) -> None:
+    loss, settings, _, formula = FORMULAS[name]
+    student, teacher = S.clone(), T.clone()
+    student[..., 0], teacher[..., :2] = -math.inf, -math.inf
+    s, t = (softmax(np.where(np.isinf(z), -1e9, z)) for z in (student.numpy(), teacher.numpy()))
+    expected = mean(formula(s[..., 2:], t[..., 2:]))
+    student.requires_grad_()
+    value = loss(student, teacher, LABELS, **settings)
+    value.backward()
+    assert value.item() == pytest.approx(expected, rel=1e-5)
+    assert student.grad is not None and student.grad.isfinite().all()
+
+
+def test_the_forward_kl_of_a_batch_is_the_kl_of_images() -> None:
+    student, teacher = S[0], T[0]
+    assert_close(forward_kl(student, teacher, torch.arange(4), 4.0), soft_target_kl(student, teacher, 4.0))
+
+
+def test_the_divisor_is_the_number_of_tokens_and_not_of_logits() -> None:
+    """Means over batch and classes are smaller by the vocabulary's size."""
+    wider = (torch.cat([z, torch.full_like(z, -math.inf)], dim=-1) for z in (S, T))
+    assert_close(forward_kl(*wider, LABELS), forward_kl(S, T, LABELS))
+
+
+def test_beta_is_the_teachers_share() -> None:
+    """With beta near 0 the mixture is the student: what is left of the sum is beta · KL(teacher ‖ student)."""
+    student, teacher = S.double(), T.double()
+    assert_close(generalised_jsd(student, teacher, beta=1e-6) / 1e-6, forward_kl(student, teacher), rtol=1e-3, atol=0)
+    near_one = generalised_jsd(student, teacher, beta=1 - 1e-6) / 1e-6
+    assert_close(near_one, reverse_kl(student, teacher), rtol=1e-3, atol=0)
+    assert_close(generalised_jsd(student, teacher, beta=0.3), generalised_jsd(teacher, student, beta=0.7))
+
+
+def test_at_the_ends_of_a_share_one_divergence_alone_is_computed() -> None:
+    assert symmetric_kl(S, T, LABELS, balance=0.0).equal(forward_kl(S, T, LABELS))
+    assert symmetric_kl(S, T, LABELS, balance=1.0).equal(reverse_kl(S, T, LABELS))
+    assert skew_forward_kl(S, T, LABELS, skew=0.0).equal(forward_kl(S, T, LABELS))
+    assert skew_reverse_kl(S, T, LABELS, skew=0.0).equal(reverse_kl(S, T, LABELS))
+    assert generalised_jsd(S, T, LABELS, beta=0.0).equal(forward_kl(S, T, LABELS))
+    assert generalised_jsd(S, T, LABELS, beta=1.0).equal(reverse_kl(S, T, LABELS))
+    for loss in (skew_forward_kl, skew_reverse_kl):
+        assert loss(S, T, LABELS, skew=1.0).item() == 0
+
+
+@pytest.mark.parametrize("loss", [skew_forward_kl, skew_reverse_kl])
+def test_a_skewed_kl_has_a_ceiling_where_the_plain_one_has_none(loss: Callable[..., Tensor]) -> None:
+    apart = tensor([[500.0, 0.0]]), tensor([[0.0, 500.0]])
+    assert loss(*apart).item() == pytest.approx(-math.log(0.1), rel=1e-6)
+    assert forward_kl(*apart).item() == pytest.approx(500)
+
+
+# Only k classes of the teacher.
+
+
+def test_the_top_of_a_teacher_is_its_log_probabilities_and_their_classes() -> None:
+    values, indices = top_k(T, 2, 2.0)
+    p = softmax(TEACHER, 2.0)
+    np.testing.assert_array_equal(indices.numpy(), np.argsort(-p, axis=-1)[..., :2])
+    np.testing.assert_allclose(values.exp().numpy(), np.sort(p, axis=-1)[..., :-3:-1], rtol=1e-5)
+    assert top_k(T.bfloat16(), 2)[0].dtype is torch.float32
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("tail", [False, True])
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_a_kl_to_the_top_is_that_of_the_numpy_formula(k: int, tail: bool, temperature: float) -> None:
+    s, t = softmax(STUDENT, temperature), softmax(TEACHER, temperature)
+    top = np.argsort(-t, axis=-1)[..., :k]
+    given, goal = (np.take_along_axis(x, top, axis=-1) for x in (s, t))
+    if tail:
+        given, goal = (np.concatenate([x, 1 - x.sum(axis=-1, keepdims=True)], axis=-1) for x in (given, goal))
+    else:
+        goal = goal / goal.sum(axis=-1, keepdims=True)
+    found = top_k_kl(S, *top_k(T, k, temperature), LABELS, temperature, tail)
+    assert found.item() == pytest.approx(temperature**2 * mean(kl(goal, given)), rel=2e-5)
+    assert_close(TopKKL(k, temperature, tail)(S, T, LABELS), found)
+
+
+def test_a_kl_to_the_top_two_is_pinned() -> None:
+    assert top_k_kl(S, *top_k(T, 2), LABELS).item() == pytest.approx(1.386788, rel=1e-5)
+    assert top_k_kl(S, *top_k(T, 2), LABELS, tail=True).item() == pytest.approx(1.167193, rel=1e-5)
+
+
+@pytest.mark.parametrize("tail", [False, True])
+@pytest.mark.parametrize("k", [6, 64])
+def test_with_all_classes_known_it_is_the_forward_kl(k: int, tail: bool) -> None:
+    assert_close(TopKKL(k, 2.0, tail)(S, T, LABELS), forward_kl(S, T, LABELS, 2.0))
+
+
+def test_without_a_tail_it_is_the_forward_kl_to_a_teacher_that_bars_all_else() -> None:
+    barred = T.masked_fill(T.topk(3, dim=-1).values[..., -1:] > T, -math.inf)
+    assert_close(top_k_kl(S, *top_k(T, 3), LABELS), forward_kl(S, barred, LABELS))
+
+
+@pytest.mark.parametrize("tail", [False, True])
+def test_of_logits_that_a_mask_leaves_out_nothing_reaches_it(tail: bool) -> None:
+    student = S.masked_fill(~MASK[..., None], math.nan).requires_grad_()
+    value = TopKKL(2, tail=tail)(student, T, MASK)
+    value.backward()
+    assert_close(value, TopKKL(2, tail=tail)(S, T, MASK))
+    assert student.grad is not None and student.grad.isfinite().all()
+    assert TopKKL(2, tail=tail)(S, T, torch.zeros_like(MASK)).item() == 0
+
+
+def test_a_sure_student_keeps_the_slope_of_its_tail() -> None:
+    """1 less the probabilities at the top would be 0 in single precision, and what the student leaves has no slope."""
+    student = tensor([[40.0, 0.0, 0.0]], requires_grad=True)
+    value = top_k_kl(student, tensor([[math.log(0.5)]]), tensor([[0]]), tail=True)
+    value.backward()
+    exact = 0.5 * math.log(0.5) + 0.5 * (math.log(0.5) + 40 - math.log(2))
+    assert value.item() == pytest.approx(exact, rel=1e-5)
+    assert_close(student.grad, tensor([[0.5, -0.25, -0.25]]), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("values", "indices"),
+    [
+        (torch.zeros(3, 4, 2), torch.zeros(3, 4, 1, dtype=torch.long)),
+        (torch.zeros(3, 5, 2), torch.zeros(3, 5, 2, dtype=torch.long)),
+        (torch.zeros(3, 4, 0), torch.zeros(3, 4, 0, dtype=torch.long)),
+        (torch.zeros(3, 4, 2, dtype=torch.long), torch.zeros(3, 4, 2, dtype=torch.long)),
+    ],
+)
+def test_a_top_that_does_not_fit_is_refused_in_one_line(values: Tensor, indices: Tensor) -> None:
+    with pytest.raises(InputError, match="need k of both a token") as caught:
+        top_k_kl(S, values, indices)
+    assert "\n" not in str(caught.value)
+
+
+# What all refuse.
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: ForwardKL(temperature=0.0), "temperature is 0.0"),
+        (lambda: ReverseKL(temperature=-1.0), "temperature is -1.0"),
+        (lambda: SymmetricKL(balance=1.5), "balance is 1.5; it must be a finite number from 0 to 1"),
+        (lambda: GeneralisedJSD(beta=-0.1), "beta is -0.1"),
+        (lambda: SkewForwardKL(skew=1.1), "skew is 1.1"),
+        (lambda: SkewReverseKL(skew=math.nan), "skew is nan"),
+        (lambda: TotalVariation(temperature=math.inf), "temperature is inf"),
+        (lambda: TopKKL(k=0), "k is 0; it must be a whole number of 1 or more"),
+        (lambda: TopKKL(k=2.0), "k is 2.0"),
+        (lambda: top_k(T, 7), "k is 7; there are 6 classes"),
+    ],
+)
+def test_a_number_out_of_range_is_refused_in_one_line(make: Callable[[], nn.Module], words: str) -> None:
+    with pytest.raises(BadValue, match=words.replace(".", r"\.")) as caught:
+        make()
+    assert "\n" not in str(caught.value)
