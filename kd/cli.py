@@ -180,6 +180,57 @@ def _summary(
     sys.stdout.write(f"kd report {sweep}\n")
 
 
+@app.command("tune")
+def tune_(
+    words: Words = None,
+    trials: Annotated[int, typer.Option(min=1, help="How many in all; those that are done count.")] = 20,
+    maximize: Annotated[
+        list[str] | None, typer.Option(metavar="METRIC", help="By default val/accuracy; again for more.")
+    ] = None,
+    minimize: Annotated[
+        list[str] | None, typer.Option(metavar="METRIC", help="E.g. val/loss or cost/parameters; again for more.")
+    ] = None,
+    sampler: Annotated[str, typer.Option(help="tpe or random.")] = "tpe",
+    sampler_seed: Annotated[int, typer.Option(min=0, help="What the values are drawn from.")] = 0,
+    pruner: Annotated[
+        str | None, typer.Option(help="hyperband (with one objective), median or none.", show_default=False)
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="The study's; by default the hash of what is searched.")] = None,
+    storage: Annotated[
+        str | None, typer.Option(metavar="FILE", help="The study's file; by default STORE/tune/NAME.log.")
+    ] = None,
+    page: Annotated[bool, typer.Option("--page", help="Write STORE/reports/tune-NAME.html too.")] = False,
+    config_dir: ConfigDir = None,
+    as_json: Json = False,
+) -> None:
+    """Search fields by validation; a trial is an ordinary run, and the same command goes on where it was.
+
+    Words that are spaces: interval(1,16), int(interval(4,12)), tag(log,interval(1e-4,1e-1)), range(1,5), choice(a,b).
+
+    Exit 0: the trials are there; 1: none of them came to its end; 2: the input is not right, and nothing was run.
+
+    Example: kd tune 'temperature=interval(1,16)' 'alpha=interval(0,1)' data=mnist --trials 30
+    """
+    from kd.reporting import offline_hint
+    from kd.tuning import Asked, as_data, summary, table, tune, write_page
+    from kd.views import hits_note
+
+    asked = Asked(trials, tuple(maximize or ()), tuple(minimize or ()), sampler, sampler_seed, pruner, name, storage)
+    search = tune(words or [], asked, config_dir)
+    written = write_page(search) if page else None
+    if as_json:
+        _json(as_data(search, written))
+    else:
+        console = _console()
+        console.print(table(search, console.width))
+        for line in [*summary(search), *([str(written)] if written else [])]:
+            sys.stdout.write(f"{line}\n")
+    for note in (hits_note(search.plans, search.store), offline_hint(search.run) if search.stages else None):
+        sys.stderr.write(f"{note}\n" if note else "")
+    if not search.best():
+        raise typer.Exit(1)
+
+
 @app.command("plan")
 def plan_(words: Words = None, multirun: Multirun = False, config_dir: ConfigDir = None, as_json: Json = False) -> None:
     """Show each stage, its key, and whether the store has it; nothing is run.
@@ -528,7 +579,7 @@ def main(arguments: list[str] | None = None) -> None:
         if not isinstance(error.__cause__ or error, KeyboardInterrupt):
             _refuse("nothing was done")
             raise SystemExit(1) from None
-        resumes = "; the same command goes on from the last checkpoint" if words[:1] == ["run"] else ""
+        resumes = "; the same command goes on from the last checkpoint" if words[:1] in (["run"], ["tune"]) else ""
         _refuse(f"interrupted{resumes}")
         raise SystemExit(130) from None
     except OSError as error:

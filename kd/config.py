@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,6 +120,28 @@ def jobs(overrides: list[str], multirun: bool = False, config_dir: str | None = 
         return [composer.job(words) for words in composer.product([*overrides, *grid])], True
 
 
+def parse(words: list[str], config_dir: str | None = None) -> list[tuple[Override, list[str]]]:
+    """The words as Hydra reads them, nothing composed yet; a choice with its values.
+
+    Raises:
+        InputError: at a word that is no override, or a choice without a value.
+    """
+    with _Composer(config_dir) as composer:
+        return [(one, composer.values(one) if one.is_choice_sweep() else []) for one in composer.parse(words)]
+
+
+def each(lists: Iterable[list[str]], config_dir: str | None = None) -> Generator[Job]:
+    """One checked job for each list of words, one after the other: what they share is read once.
+
+    Raises:
+        InputError: at one that is not right.
+    """
+    register()
+    with _Composer(config_dir) as composer:
+        for words in lists:
+            yield composer.job(words)
+
+
 def _place(override: Override) -> str:
     """What an override sets, whatever its prefix: `+model@student` -> `model@student`."""
     return override.key_or_group + (f"@{override.package}" if override.package else "")
@@ -198,7 +220,8 @@ class _Composer:
         try:
             found = list(override.sweep_string_iterator())
         except HydraException as error:
-            raise InputError(f"{override.input_line}: a sweep needs values that can be counted") from error
+            said = "a sweep needs values that can be counted; `kd tune` searches an interval"
+            raise InputError(f"{override.input_line}: {said}") from error
         if not found:
             names = ", ".join(self.get_group_options(override.key_or_group))
             raise InputError(f"{override.input_line} matches nothing" + (f"; there are {names}" if names else ""))

@@ -177,6 +177,12 @@ def test_a_data_set_that_is_not_there_and_cannot_be_had_is_one_line(kd, tmp_path
         ("list layers resnet81", "did you mean 'resnet18'"),
         ("ls --where temperature", "is no condition; write name=value"),
         ("ls --sort acuracy", "did you mean 'accuracy'"),
+        ("tune temperature=4", "no word is a search space; write one, e.g. 'temperature=interval(1,16)'"),
+        (
+            "tune alpha=interval(0,1) --maximize test/accuracy",
+            "test/accuracy may choose nothing: test is measured once",
+        ),
+        ("tune --trials 0", "Invalid value for '--trials'"),
         ("plan tempratur=3", "did you mean 'temperature'?"),
         ("dashboard --what reprot", "did you mean 'report'?"),
         ("bench step --rounds 0", "Invalid value for '--rounds'"),

@@ -23,7 +23,8 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("stages",),
     ("pipeline", "report"),
     ("config",),
-    ("benching", "launch", "listing", "reporting", "views"),
+    ("benching", "launch", "listing", "reporting", "spaces", "views"),
+    ("tuning",),
     ("cli",),
     ("__main__",),
 )

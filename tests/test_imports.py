@@ -19,6 +19,8 @@ LIGHT = (
     "kd.pipeline",
     "kd.report",
     "kd.config",
+    "kd.spaces",
+    "kd.tuning",
     "kd.cli",
 )
 

@@ -17,6 +17,7 @@ from kd.instantiate import resolve
 from kd.pipeline.plan import Node, Plan
 from kd.stages.fingerprints import NUMERIC
 from kd.store import Artifact, Store, canonical, short, with_neutral, write_json, write_text
+from kd.training.pruning import Trial
 from kd.training.settings import CHECKPOINT, HISTORY, Run
 
 if TYPE_CHECKING:
@@ -63,12 +64,14 @@ def execute(
     tell: Tell = lambda event: None,
     sweep: str | None = None,
     company: Company | None = None,
+    trial: Trial | None = None,
 ) -> list[str]:
     """Run the missing stages of one plan in order; returns the names of those that this call ran.
 
-    ``company`` is what it shares with other jobs of this process.
+    ``company`` is what it shares with other jobs of this process; the last stage reports its epochs to ``trial``.
 
     Raises:
+        Pruned: if the trial gives the last stage up.
         KDError: if a stage fails; what was finished stays, what was begun can be resumed.
     """
     ran = []
@@ -92,7 +95,7 @@ def execute(
                     }
                 )
             tell({"event": "start", "stage": node.name, "key": node.key})
-            make(node, plan, store, run, tell, sweep, company)
+            make(node, plan, store, run, tell, sweep, company, trial if node is plan.nodes[-1] else None)
             ran.append(node.name)
             tell({"event": "done", "stage": node.name, "key": node.key})
     return ran
@@ -106,6 +109,7 @@ def make(
     tell: Tell,
     sweep: str | None = None,
     company: Company | None = None,
+    trial: Trial | None = None,
 ) -> Artifact:
     """Run one stage and put its artifact; the caller holds the lock.
 
@@ -137,7 +141,7 @@ def make(
             elif not ready:  # at the first epoch's first batch
                 ready.append(time.monotonic() - wall)
 
-        room = Room(run, work, node.key, node.name, sweep, node.document, dials, told, company)
+        room = Room(run, work, node.key, node.name, sweep, node.document, dials, told, company, trial)
         result = build(node.document, run.trusted).run(inputs, out, room)
         prints = result.pop("fingerprints", {})
         card = {

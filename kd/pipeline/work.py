@@ -8,6 +8,7 @@ from typing import Any
 from kd.pipeline.execute import check, execute
 from kd.pipeline.plan import Plan
 from kd.store import Store
+from kd.training.pruning import Pruned, Trial
 from kd.training.settings import Run, require
 
 Tell = Callable[[dict[str, Any]], None]
@@ -26,6 +27,19 @@ def run_job(plan: Plan, run: Run, sweep: str | None, threads: int | None, tell: 
         require(type(threads) is int and threads > 0, "threads", threads, "a whole number, 1 or more")
         torch.set_num_threads(threads)
     return execute(plan, Store(run.store), run, tell, sweep)
+
+
+def run_trial(plan: Plan, run: Run, sweep: str | None, trial: Trial | None, tell: Tell) -> str | None:
+    """Execute one plan for a trial; returns why its training was given up, or None where it was not.
+
+    Raises:
+        KDError: if a stage fails.
+    """
+    try:
+        execute(plan, Store(run.store), run, tell, sweep, trial=trial)
+    except Pruned as pruned:
+        return str(pruned)
+    return None
 
 
 def run_packed(packs: Sequence[Sequence[tuple[int, Plan, Run]]], sweep: str | None, tell: Tell) -> None:

@@ -24,6 +24,7 @@ from kd.report.rows import (
     number,
     over_seeds,
     related,
+    same,
     varying_settings,
 )
 from kd.report.tables import METRICS, cell, constants_line, layout, title
@@ -53,12 +54,22 @@ def write_page(
         sweep: the sweep's record; its failed jobs are listed.
         lookup: key -> card of the whole store; teachers and students alone that the runs refer to are shown too.
     """
+    shown = related(cards, lookup or {})
+    figures: dict[str, Figure] = {}
+    return write_html(out, title, _body(shown, collect(shown, lookup), figures, sweep), figures)
+
+
+def write_html(out: Path, title: str, body: str, figures: Mapping[str, Figure]) -> Path:
+    """Write a page that fetches nothing; returns its path.
+
+    Args:
+        out: the HTML file; it appears whole or not at all.
+        title: its heading.
+        body: HTML with a place for each figure, by its id.
+        figures: by the id of their place.
+    """
     from plotly.offline import get_plotlyjs
 
-    shown = related(cards, lookup or {})
-    rows = collect(shown, lookup)
-    figures: dict[str, Figure] = {}
-    body = _body(shown, rows, figures, sweep)
     data = ",".join(f'"{name}":{figure.to_json()}' for name, figure in figures.items())
     page = Template((files("kd.report") / "page.html").read_text(encoding="utf-8")).substitute(
         title=html.escape(title),
@@ -173,6 +184,8 @@ def _heatmaps(groups: Sequence[Row], figures: dict[str, Figure], sweep: Mapping[
     facets: dict[str, list[Row]] = {}
     for group in students:
         facets.setdefault(label({**group, "role": ""}, others), []).append(group)
+    if not any(map(_fills_a_grid, facets.values())):
+        return ""  # as after a search: no two of its runs share a setting
     axes = {name: _failed_values(sweep, name) for name in ("temperature", "alpha")}
     values = [100 * mean for group in students if (mean := number(group[ACCURACY])) is not None]
     limits = (min(values), max(values)) if values else None
@@ -183,6 +196,12 @@ def _heatmaps(groups: Sequence[Row], figures: dict[str, Figure], sweep: Mapping[
     rest = len(facets) - len(cards)
     note = f'<p class="dim">{_count(rest, "further setting")} not drawn; the tables hold all.</p>' if rest else ""
     return _section("Accuracy by temperature and alpha", f'<div class="pair">{"".join(cards)}</div>{note}')
+
+
+def _fills_a_grid(members: Sequence[Row]) -> bool:
+    """Whether at least a third of the cells of temperature x alpha are there, and more cells than one."""
+    cells = len({same(g["temperature"]) for g in members}) * len({same(g["alpha"]) for g in members})
+    return 1 < cells <= 3 * len(members)
 
 
 def _failed_values(sweep: Mapping[str, Any] | None, dial: str) -> list[float]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from kd.store import Artifact
+from kd.training.pruning import Trial
 from kd.training.settings import Run
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Room:
     dials: Mapping[str, Any] = field(default_factory=dict)
     tell: Callable[[Event], None] = lambda event: None
     company: Company | None = None  # the other jobs of this process, if there are some
+    trial: Trial | None = None  # what hears of each epoch and may give the training up
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         """What ``make`` gives, made once for all the jobs of this process that name it by the same ``key``."""

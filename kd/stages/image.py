@@ -350,6 +350,7 @@ def _train(
 
     from kd.compress.measure import cost
     from kd.models import load, save, weights_digest
+    from kd.training.callbacks import Pruning
     from kd.training.loggers import loggers, summarise
     from kd.training.module import Distiller
     from kd.training.optimisers import configure
@@ -407,6 +408,7 @@ def _train(
             work=room.work,
             tell=room.tell,
             loggers=sinks,
+            watching=[Pruning(room.trial)] if room.trial else [],
         )
         # Shipped in float32, whatever it was trained in: what reads it builds float32 networks.
         student = module.student.float().to(device_of(room.run))

@@ -16,6 +16,7 @@ from kd.errors import KDError
 from kd.models import weights_digest
 from kd.store import write_text
 from kd.training.module import Distiller
+from kd.training.pruning import Pruned, Trial, report
 from kd.training.ranks import alone, averaged
 from kd.training.seeds import seed_step
 from kd.training.settings import CHECKPOINT, HISTORY, Fit
@@ -273,6 +274,39 @@ class Progress(pl.Callback):
         if now - self.last > 0.2:
             self.last = now
             self.tell({"event": "step", "step": trainer.global_step, "total": self.total})
+
+
+class Pruning(pl.Callback):
+    """Report each epoch's validation to a trial, and stop where it gives the training up."""
+
+    def __init__(self, trial: Trial) -> None:
+        """Open the trial in this process."""
+        self.metric, self.trial = trial.metric, trial.open()
+        self.values: dict[int, float] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the epochs so far were worth: another trial may resume this training."""
+        return {"values": self.values}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take them from the checkpoint."""
+        self.values = dict(state_dict["values"])
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep the epoch's value; the recorder clears it away."""
+        value = _distiller(pl_module).validation.get(self.metric.removeprefix("val/"))
+        if isinstance(value, (int, float)):
+            self.values[trainer.current_epoch + 1] = float(value)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Report, after the record and the checkpoint of this epoch; a training that ends here anyway is kept.
+
+        Raises:
+            Pruned: if the trial is given up.
+        """
+        over = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
+        if report(self.trial, self.values) and not over:
+            raise Pruned(f"given up after epoch {trainer.current_epoch + 1} of {trainer.max_epochs}")
 
 
 class EachStep(pl.Callback):

@@ -158,6 +158,13 @@ def test_a_teacher_by_itself_is_a_headline(tmp_path):
     assert "teacher 99.10 % seed_cnn, 93,322 parameters" in " ".join(" ".join(reader.texts).split())
 
 
+def test_runs_that_fill_no_grid_get_no_heatmap(tmp_path):
+    pairs = [(1 + 0.7 * i, round(0.1 + 0.23 * i % 0.9, 3)) for i in range(6)]
+    searched = [one for t, a in pairs for one in family((t,), (a,), (0,))]
+    text = write_page(searched, tmp_path / "p.html", "T").read_text(encoding="utf-8")
+    assert "Accuracy by temperature and alpha" not in text and 'id="runs"' in text
+
+
 def test_other_settings_get_a_heatmap_each(tmp_path):
     made = family((1, 4), (0.1, 0.9), (0,), lr=0.1) + family((1, 4), (0.1, 0.9), (0,), lr=0.2)
     text = write_page(made, tmp_path / "p.html", "T").read_text(encoding="utf-8")
