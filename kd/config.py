@@ -290,6 +290,8 @@ class _Composer:
                 base = self.base(early)
                 whole = OmegaConf.to_container(base, resolve=False)
                 assert isinstance(whole, dict)
+                if any("${" in text and not text.startswith("${oc.env:") for _, text in _strings(whole["run"])):
+                    return None  # something under run/ may follow a value
                 self.plains[early] = {str(k): v for k, v in whole.items()}
                 self.plains[early]["run"] = OmegaConf.to_container(base["run"], resolve=True)
         except Exception:  # said in full by the long way
@@ -359,7 +361,7 @@ def _with(node: Any, path: list[str], value: Any) -> dict[str, Any] | None:
         inner = _with(node[head], rest, value)
         return None if inner is None else {**node, head: inner}
     old = node[head]
-    if isinstance(old, (dict, list)) or (isinstance(old, str) and "${" in old and "." in path):
+    if isinstance(old, (dict, list)):
         return None
     return {**node, head: value}
 

@@ -166,21 +166,21 @@ def _prepared(
     end: Callable[[int, dict[str, Any]], None],
 ) -> list[int]:
     """Make the stages that jobs share, one after the other on all processors; the jobs that can go on."""
-    failures: dict[str, dict[str, Any]] = {}
+    failures: dict[tuple[str, ...], dict[str, Any]] = {}
     tasks = shared_plans([Task(plans[number], runs[number]) for number in missing])
     open_ = [task for task in tasks if any(status(node, store) != "hit" for node in task.plan.nodes)]
 
     def ended(number: int, outcome: dict[str, Any]) -> None:
         show.ended(missing[0], counts=False)
         if outcome["status"] == "failed":
-            failures[open_[number].plan.key] = outcome
+            failures[tuple(node.key for node in open_[number].plan.nodes)] = outcome
 
     Basic().launch(open_, sweep, lambda n, event: show.hear(missing[0], event), ended)
     able = []
     for number in missing:
-        before = plans[number].nodes[:-1]
-        if before and before[-1].key in failures:
-            end(number, failures[before[-1].key])
+        before = tuple(node.key for node in plans[number].nodes[:-1])
+        if before in failures:
+            end(number, failures[before])
         else:
             able.append(number)
     return able

@@ -276,7 +276,7 @@ def test_one_run_that_fails_is_one_line_and_exit_1(kd, copy):
 
 def test_no_value_of_the_environment_is_in_any_card(kept):
     cards = [(a.path / "card.json").read_text() for a in Store(kept)]
-    assert len(cards) == 5 and all("${oc.env:PATH}" in text for text in cards[:3])
+    assert len(cards) == 5 and sum("${oc.env:PATH}" in text for text in cards) >= 3
     assert not [
         name for text in cards for name in ("PATH", "HOME") if len(os.environ[name]) > 9 and os.environ[name] in text
     ]

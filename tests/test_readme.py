@@ -18,6 +18,7 @@ from kd.cli import app
 from kd.config import Job, jobs
 from kd.launch import sweep_id
 from kd.listing import KINDS
+from kd.pipeline.launchers import split_words
 from kd.pipeline.plan import plan
 from kd.store import short
 from tests.pipeline.small import WORDS
@@ -80,7 +81,9 @@ def test_the_reader_found_what_there_is_to_check() -> None:
 def test_a_command_parses_and_its_overrides_compose(line: list[str]) -> None:
     name, given = parsed(line)
     if name in ("run", "plan", "bench step"):
-        found, sweep = composed(tuple(given["words"] or ()), given.get("multirun", False), given.get("config_dir"))
+        found, sweep = composed(
+            tuple(split_words(given["words"] or ())[0]), given.get("multirun", False), given.get("config_dir")
+        )
         assert len(found) > 1 if sweep else len(found) == 1
     elif name == "report":
         for word in given["what"] or []:

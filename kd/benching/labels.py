@@ -68,6 +68,7 @@ def bench_labels(words: list[str], rounds: int, samples: int, compiled: bool = F
         raise InputError(f"--samples {samples}: {data['name']} has {len(splits.train)}; lower it, or take other data")
     split = splits.train.subset(torch.arange(samples))
     device, size = device_of(run), int(config["labels"]["batch_size"])
+    said = {name: config["labels"][name] for name in ("batch_size", "precision", "channels_last", "compile")}
     layout = Layout(samples, len(splits.classes), views=2)
     loops: dict[str, Callable[[], float]] = {}
     found: dict[str, torch.Tensor] = {}
@@ -106,7 +107,7 @@ def bench_labels(words: list[str], rounds: int, samples: int, compiled: bool = F
     loops["bare"] = bare
     ways = {**WAYS, **({"compile": {"compile": True}} if compiled else {})}
     for name, how in ways.items():
-        loops[name] = ours(name, Pass(**{"batch_size": size, **how}))
+        loops[name] = ours(name, Pass(**{**said, **how}))
     seconds: dict[str, list[float]] = {name: [] for name in loops}
     order = [name for _ in range(rounds + 1) for name in loops]
     console = Console(stderr=True)

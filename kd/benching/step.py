@@ -33,13 +33,15 @@ RATIOS = (("b", "a", 0.9), ("d", "b", 0.9), ("c", "b", None))
 class Clock:
     """Times the steps after the warm-up, from inside the loop: starting a Trainer is not a step."""
 
-    def __init__(self, steps: int) -> None:
-        """Count ``steps`` after `WARM`."""
-        self.steps, self.seen, self.begun, self.seconds = steps, 0, 0.0, 0.0
+    def __init__(self, steps: int, wait: Callable[[], None] | None = None) -> None:
+        """Count ``steps`` after `WARM`; ``wait`` is called before the clock is read."""
+        self.steps, self.seen, self.begun, self.seconds, self.wait = steps, 0, 0.0, 0.0, wait
 
     def tick(self) -> None:
         """Called after each step."""
         self.seen += 1
+        if self.wait is not None and self.seen in (WARM, WARM + self.steps):
+            self.wait()  # a GPU's work is only asked for by a step, not done
         if self.seen == WARM:
             self.begun = time.perf_counter()
         elif self.seen == WARM + self.steps:
@@ -120,12 +122,13 @@ def _loops(stage: dict[str, Any], config: dict[str, Any], run: Run, steps: int) 
     teacher = build(config["teacher"], data, splits, 0, room)
     labels = logits_of(teacher, split, data, room)
     augment = data["augment"]
+    wait = torch.cuda.synchronize if device.type == "cuda" else None
 
     def student() -> Any:
         return build(stage["student"], data, splits, 0, room).to(device).train()
 
     def bare() -> float:
-        net, clock = student(), Clock(steps)
+        net, clock = student(), Clock(steps, wait)
         kind = configure(fit, WARM + steps)(list(net.parameters()))
         optimiser, schedule = kind["optimizer"], kind["lr_scheduler"]["scheduler"]
         loader = EpochLoader(
@@ -141,7 +144,7 @@ def _loops(stage: dict[str, Any], config: dict[str, Any], run: Run, steps: int) 
 
     def ours(distilled: bool, stored: StoredLabels | None) -> Callable[[], float]:
         def measure() -> float:
-            net, clock = student(), Clock(steps)
+            net, clock = student(), Clock(steps, wait)
             alone = Objective({"ce": Term(CrossEntropy(), 1.0, "student.logits", target="batch.target")})
             objective = build_objective(stage["objective"], room) if distilled else alone
             bind(objective, net, teacher if distilled else None, data)

@@ -99,7 +99,7 @@ def shard(view: int, block: int) -> str:
 
 
 def header(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file whose length is what its header says; nothing else of it is read.
+    """What `write_shard` wrote into the header of a file whose length is what the header says; no more of it is read.
 
     Raises:
         KDError: if it is cut short or no such file.
@@ -114,7 +114,10 @@ def header(path: Path) -> dict[str, str]:
         raise KDError(f"{path.name} is half-written or no file of tensors ({type(error).__name__})") from error
     if size != end:
         raise KDError(f"{path.name} is half-written: {size} of {end} bytes")
-    return dict(found.get("__metadata__", {}))
+    try:
+        return dict(json.loads(found.get("__metadata__", {}).get("kd", "{}")))
+    except ValueError:
+        return {}
 
 
 def flaw(path: Path, made_by: str, view: int) -> str | None:
@@ -149,7 +152,9 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], made_by: str, view: i
 
     temporary = path.with_suffix(".tmp")
     try:
-        save_file(dict(tensors), temporary, metadata={"format": FORMAT, "scheme": made_by, "view": str(view)})
+        # One entry: safetensors writes several in any order, and files of the same content must be the same.
+        said = json.dumps({"format": FORMAT, "scheme": made_by, "view": str(view)}, sort_keys=True)
+        save_file(dict(tensors), temporary, metadata={"kd": said})
         with temporary.open("rb") as file:
             os.fsync(file.fileno())  # a rename may reach the disk before what it names
         temporary.replace(path)

@@ -156,6 +156,8 @@ def pkt(student: Tensor, teacher: Tensor) -> Tensor:
 class SP(nn.Module):
     """`sp` as a term's loss."""
 
+    COMPARES_SAMPLES = True
+
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The scalar for features (N, …) of both."""
         return sp(student, teacher)
@@ -164,6 +166,8 @@ class SP(nn.Module):
 class CC(nn.Module):
     """`cc` as a term's loss."""
 
+    COMPARES_SAMPLES = True
+
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The scalar for features (N, …) of both, equally wide."""
         return cc(student, teacher)
@@ -171,6 +175,8 @@ class CC(nn.Module):
 
 class CCRBF(nn.Module):
     """`cc_rbf` as a term's loss."""
+
+    COMPARES_SAMPLES = True
 
     extra_repr = checks.shown("gamma", "order")
 
@@ -186,6 +192,8 @@ class CCRBF(nn.Module):
 class RKD(nn.Module):
     """`rkd` as a term's loss."""
 
+    COMPARES_SAMPLES = True
+
     extra_repr = checks.shown("distance", "angle")
 
     def __init__(self, distance: float = 25.0, angle: float = 50.0) -> None:
@@ -199,6 +207,8 @@ class RKD(nn.Module):
 
 class PKT(nn.Module):
     """`pkt` as a term's loss."""
+
+    COMPARES_SAMPLES = True
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The scalar for features (N, …) of both."""

@@ -335,6 +335,8 @@ class WSLD(nn.Module):
 class DIST(nn.Module):
     """`dist` as a term's loss."""
 
+    COMPARES_SAMPLES = True
+
     extra_repr = checks.shown("beta", "gamma", "temperature")
 
     def __init__(self, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0) -> None:
@@ -349,6 +351,8 @@ class DIST(nn.Module):
 
 class MLKD(nn.Module):
     """`mlkd` as a term's loss."""
+
+    COMPARES_SAMPLES = True
 
     extra_repr = checks.shown("temperatures", "keep")
 

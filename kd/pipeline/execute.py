@@ -82,7 +82,9 @@ def execute(
         wait = lambda holder, node=node: tell(  # noqa: E731
             {"event": "say", "line": f"{node.name} {short(node.key)} is being made by {holder}: waiting for it"}
         )
-        with store.lock(node.key, wait):
+        # In company a wait lets the others go on: one of them may hold what another process waits for.
+        poll = None if company is None else company.turns.pause
+        with store.lock(node.key, wait, poll):
             if store.get(node.key) is not None:
                 tell({"event": "hit", "stage": node.name, "key": node.key})
                 continue
@@ -117,6 +119,7 @@ def make(
         KDError: if it fails, disk full included.
     """
     from kd.stages import Room, code_print, environment_print
+    from kd.training.trainer import device_of
 
     inputs: dict[str, Artifact] = {}
     for role, key in node.inputs.items():
@@ -130,8 +133,10 @@ def make(
     try:
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True, exist_ok=True)
-        environment = environment_print()
-        _same_maker(work, {"code": code_print()["digest"], **{n: environment[n] for n in NUMERIC}}, tell)
+        environment = {**environment_print(), "device": device_of(run).type, "devices": run.devices}
+        made_of = {role: artifact.card["files"] for role, artifact in inputs.items()}
+        maker = {"code": code_print()["digest"], "inputs": made_of, **{n: environment[n] for n in NUMERIC}}
+        _same_maker(work, maker, tell)
         dials = plan.dials if node is plan.nodes[-1] else {}
         ready: list[float] = []
 
@@ -157,6 +162,7 @@ def make(
                 "started": started.strftime("%Y-%m-%dT%H:%M:%SZ"),
                 "wall_s": round(time.monotonic() - wall, 3),
                 "cpu_s": round(time.process_time() - cpu, 3),
+                **({"packed": True} if company is not None else {}),  # the seconds are also its neighbours'
                 **({"ready_s": round(ready[0], 3)} if ready else {}),
             },
         }

@@ -67,9 +67,14 @@ class Packed:
 
     def launch(self, tasks: Sequence[Task], sweep: str | None, hear: Hear, end: End) -> None:
         """Run all tasks; those that the end of their process left undone are run alone."""
-        # torch keeps few compiled forms of one class in a process, and runs the rest as they are: other bits.
-        compiled = [n for n, task in enumerate(tasks) if task.plan.nodes[-1].config.get("fit", {}).get("compile")]
-        packs = [[number for number in pack if number not in compiled] for pack in packs_of(tasks, self.together)]
+        # torch keeps few lone forms of one class in a process, and runs the rest as they are: other bits.
+        # Ranks are forked, and would take the neighbours along.
+        lone = [
+            number
+            for number, task in enumerate(tasks)
+            if task.run.devices > 1 or task.plan.nodes[-1].config.get("fit", {}).get("compile")
+        ]
+        packs = [[number for number in pack if number not in lone] for pack in packs_of(tasks, self.together)]
         ended: set[int] = set()
 
         def listen(event: Event) -> None:
@@ -83,7 +88,7 @@ class Packed:
         work = [[(number, tasks[number].plan, tasks[number].run) for number in pack] for pack in packs]
         outcome = children.call(run_packed, work, sweep, tell=listen)
         for number, task in enumerate(tasks):
-            if number in compiled:
+            if number in lone:
                 end(number, _alone(task, sweep, None, number, hear))
             elif number not in ended:
                 hear(number, {"event": "say", "line": f"the packed process ended ({outcome.get('error')}): on alone"})
@@ -157,7 +162,7 @@ class Submitit:
                     number = waiting.pop()
                     task = tasks[number]
                     going[number] = executor.submit(children.outcome_of, run_job, task.plan, task.run, sweep, threads)
-                    hear(number, {"event": "start", "stage": "student", "key": task.plan.key})
+                    hear(number, {"event": "start", "stage": task.plan.nodes[-1].name, "key": task.plan.key})
                 for number in [number for number, job in going.items() if job.done()]:
                     end(number, _result(going.pop(number)))
                 time.sleep(0.2)
@@ -247,11 +252,12 @@ def _batches(plan: Plan) -> str:
 
 def shared_plans(tasks: Sequence[Task]) -> list[Task]:
     """What the tasks are made from, each once and in order: to be made before they are spread."""
-    found: dict[str, Task] = {}
+    found: dict[tuple[str, ...], Task] = {}
     for task in tasks:
         before = task.plan.nodes[:-1]
-        if before and before[-1].key not in found:
-            found[before[-1].key] = Task(Plan(before, task.plan.pipeline, task.plan.dials), task.run)
+        if before:
+            one = Task(Plan(before, task.plan.pipeline, task.plan.dials), task.run)
+            found.setdefault(tuple(node.key for node in before), one)
     return list(found.values())
 
 

@@ -225,7 +225,7 @@ def _stage(node: Node, first: Mapping[str, Any], second: Mapping[str, Any]) -> d
     metrics = list(_metrics(_numbers(first), _numbers(second)))
     unequal = [m for m in metrics if m["first"] != m["second"]]
     report = {"stage": node.name, "key": node.key, "weights": second.get("weights"), "metrics": metrics}
-    same_files = _files(first) == _files(second)
+    same_files = _same_files(first, second)
     if same_files and not unequal and not where:
         return {**report, "word": "bit-identical", "where": ""}
     # The same weights cannot have another history or score: the card was altered, or the evaluation changed.
@@ -238,9 +238,14 @@ def _stage(node: Node, first: Mapping[str, Any], second: Mapping[str, Any]) -> d
     return {**report, "word": "within tolerance", "where": f"{where or 'the files differ'}; {moved}"}
 
 
-def _files(card: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Checksums of tensor files; the history holds cadences that `run/` may change."""
-    return [(n, f["sha256"]) for n, f in sorted(card.get("files", {}).items()) if n.endswith(".safetensors")]
+def _same_files(recorded: Mapping[str, Any], again: Mapping[str, Any]) -> bool:
+    """Whether the tensor files came out the same; the history holds cadences that `run/` may change.
+
+    A file that the older kd did not write yet says nothing.
+    """
+    now = again.get("files", {})
+    files = {name: f for name, f in recorded.get("files", {}).items() if name.endswith(".safetensors")}
+    return all(name in now and now[name]["sha256"] == f["sha256"] for name, f in files.items())
 
 
 def _numbers(card: Mapping[str, Any]) -> dict[str, Any]:
@@ -300,7 +305,7 @@ def _in_seed_spread(store: Store, first: Mapping[str, Any], second: Mapping[str,
         return canonical(document)
 
     name = "test/accuracy"
-    if _files(first) == _files(second) or name not in second.get("metrics", {}):
+    if _same_files(first, second) or name not in second.get("metrics", {}):
         return ""
     same = [
         a.card["metrics"][name]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -53,13 +55,17 @@ def run_packed(packs: Sequence[Sequence[tuple[int, Plan, Run]]], sweep: str | No
     from kd.training.turns import Turns
 
     company = Company(Turns())
+    stores: dict[str, Store] = {}  # one for all: what it has checked need not be read again for each job
+    # A job would swallow the interrupt that means all of them.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
     def job(number: int, plan: Plan, run: Run) -> Callable[[], dict[str, Any]]:
         def told(event: dict[str, Any]) -> None:
             tell({**event, "job": number})
 
         def work(_: Tell) -> list[str]:
-            return execute(plan, Store(run.store), run, told, sweep, company)
+            store = stores.setdefault(run.store, Store(run.store))
+            return execute(plan, store, run, told, sweep, company)
 
         return lambda: outcome_of(work)
 
@@ -71,6 +77,8 @@ def run_packed(packs: Sequence[Sequence[tuple[int, Plan, Run]]], sweep: str | No
                 tell({"event": "ended", "job": numbers[place], "outcome": outcome})
 
             company.turns.run([job(*entry) for entry in pack], ended)
+            for key in [key for key in company.kept if key[0] != "data"]:
+                del company.kept[key]
 
 
 def check_jobs(plans: list[Plan], run: Run, tell: Tell) -> None:

@@ -17,6 +17,7 @@ PACKAGES = (
 )  # fmt: skip
 NUMERIC = (
     "torch", "numpy", "timm", "cpu", "machine", "threads", "capability", "gpu", "cuda", "cudnn", "driver", "tf32",
+    "device", "devices",
 )  # fmt: skip
 
 
@@ -58,7 +59,7 @@ def environment_print() -> dict[str, Any]:
         "cpu": _processor(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if gpu else None,
+        "gpu": _gpu() if gpu else None,
         "cuda": torch.version.cuda if gpu else None,
         "cudnn": torch.backends.cudnn.version() if gpu else None,  # type: ignore[no-untyped-call]
         "driver": _driver() if gpu else None,
@@ -82,6 +83,17 @@ def _processor() -> str:
     except OSError:
         pass
     return platform.processor() or os.uname().machine
+
+
+def _gpu() -> str:
+    """The first GPU's name, from the driver where it tells: asking torch would touch CUDA, and forbid to fork ranks."""
+    import torch
+
+    for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
+        for line in path.read_text().splitlines():
+            if line.startswith("Model:"):
+                return line.partition(":")[2].strip()
+    return torch.cuda.get_device_name()
 
 
 def _driver() -> str | None:

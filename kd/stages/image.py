@@ -119,6 +119,15 @@ class Distil:
                 "labels": f"data.augment={augment} makes a new view in each epoch, so the live teacher runs "
                 f"(labels.views={config['fit'].get('epochs', 'K')} would store them)"
             }
+        labels = inputs["labels"]
+        seen = {"views": config.get("views"), "seed": config.get("view_seed") or 0, "data": config["data"]}
+        held = {"views": labels.get("views"), "seed": labels.get("seed", 0), "data": labels["data"]}
+        for name in ("data",) if augment == "none" else seen:
+            if canonical(seen[name]) != canonical(held[name]):
+                raise InputError(
+                    f"the student sees other {name} than its labels were made from; set labels.views, labels.seed and "
+                    "data, which both read"
+                )
         kept = {f"teacher.{path.removesuffix(POOLED)}{POOLED}" for path in inputs["labels"].get("features") or ()}
         for name, term in config["objective"].items():
             if float(term.get("weight", 1)) == 0 or not term.get("teacher"):
@@ -285,10 +294,12 @@ def _rehearse(
     data: Config, model: Config, teacher: Config | Normalised | None, objective: Config, fit: Config, room: Room
 ) -> Objective:
     """Everything a training builds, once, without training: what is wrong is found before the first stage starts."""
+    from kd.training import ranks
     from kd.training.optimisers import configure
-    from kd.training.trainer import check_precision
+    from kd.training.trainer import check_compiler, check_precision, device_of
 
     check_precision(Fit(**fit), room.run)
+    check_compiler("fit.compile", Fit(**fit).compile, room.run)
     terms = build_objective(objective, room)
 
     def built() -> bool:
@@ -296,6 +307,7 @@ def _rehearse(
         configure(Fit(**fit), 1)(list(student.parameters()))
         net = build(teacher, data, None, 0, room) if isinstance(teacher, dict) else teacher
         bind(terms, student, net, data)
+        ranks.check(Fit(**fit), room.run.devices, device_of(room.run).type == "cuda", student, terms)
         return True
 
     # What numbers stand in the terms decides nothing about shapes: a sweep over them is bound once.
@@ -413,7 +425,7 @@ def _train(
         # Shipped in float32, whatever it was trained in: what reads it builds float32 networks.
         student = module.student.float().to(device_of(room.run))
         student = student.to(memory_format=torch.contiguous_format)
-        metrics, chosen = _evaluate(student, _peer(inputs, teacher), splits, data, room)
+        metrics, chosen = _evaluate(student, _peer(inputs, teacher, data), splits, data, room)
         content = data_print(data, room)
         student = student.cpu().eval()
         shape = (int(data["channels"]), int(data["size"]), int(data["size"]))
@@ -449,7 +461,7 @@ def _stored(artifact: Artifact, split: Split, classes: int) -> StoredLabels:
     return StoredLabels.open(artifact.path, split.ids.cpu(), classes, views)
 
 
-def _peer(inputs: Mapping[str, Artifact], teacher: Normalised | None) -> Normalised | torch.Tensor | None:
+def _peer(inputs: Mapping[str, Artifact], teacher: Normalised | None, data: Config) -> Normalised | torch.Tensor | None:
     """What stands for the teacher on test: the classes it chose when it was evaluated, else the network itself."""
     from safetensors.torch import load_file
 
@@ -457,7 +469,11 @@ def _peer(inputs: Mapping[str, Artifact], teacher: Normalised | None) -> Normali
 
     if "teacher" not in inputs:
         return None
-    if CHOSEN in inputs["teacher"].card["files"]:
+    theirs, mine = (
+        {name: value for name, value in found.items() if name != "augment"}
+        for found in (inputs["teacher"].card["document"]["config"]["data"], data)
+    )
+    if CHOSEN in inputs["teacher"].card["files"] and canonical(theirs) == canonical(mine):
         return load_file(inputs["teacher"].file(CHOSEN))["test"]
     return teacher if teacher is not None else load(inputs["teacher"].path)
 

@@ -72,6 +72,7 @@ class SoftLabels:
         found = dict(config)
         files.check(found["views"], found["dtype"], found["top_k"], config["data"].get("num_classes"))
         _check_pass(found)
+        found["features"] = sorted({path.removesuffix(":pooled") for path in found["features"]})
         still = config["data"].get("augment", "none") == "none"
         if still:
             found |= {"views": None, "seed": 0}
@@ -151,6 +152,9 @@ class SoftLabels:
         Raises:
             InputError: if the teacher has no such layer, or it cannot be pooled.
         """
+        from kd.training.trainer import check_compiler
+
+        check_compiler("labels.compile", self.compile, room.run)
         if self.features:
             from kd.stages.image import Train, build
             from kd.training.trainer import blank

@@ -192,10 +192,16 @@ class Store:
         return artifact
 
     @contextlib.contextmanager
-    def lock(self, key: str, waiting: Callable[[str], None] = lambda holder: None) -> Iterator[None]:
+    def lock(
+        self,
+        key: str,
+        waiting: Callable[[str], None] = lambda holder: None,
+        poll: Callable[[], None] | None = None,
+    ) -> Iterator[None]:
         """Hold ``key`` alone among all processes; a dead holder's lock is free at once (the kernel drops it).
 
-        ``waiting`` is called once with a description of the holder if someone else has it.
+        ``waiting`` is called once with a description of the holder if someone else has it; ``poll`` then again and
+        again, in place of a wait that nothing else of this process could run beside.
         """
         path = self.root / "locks" / _shown(key)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -205,7 +211,14 @@ class Store:
             except BlockingIOError:
                 file.seek(0)
                 waiting(file.read().strip() or "another process")
-                fcntl.flock(file, fcntl.LOCK_EX)
+                if poll is None:
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                while poll is not None:
+                    try:
+                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        break
+                    except BlockingIOError:
+                        poll()
             file.seek(0)
             file.truncate()
             file.write(f"process {os.getpid()} on {os.uname().nodename}")

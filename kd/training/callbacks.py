@@ -96,7 +96,8 @@ class Recorder(pl.Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Ask for the gradient norm of each term where a log line is due."""
-        _distiller(pl_module).norms_due = self._due(trainer.global_step + 1)
+        # Each norm is a backward pass more: not at the first step, whose line is written all the same.
+        _distiller(pl_module).norms_due = self.log_every > 0 and (trainer.global_step + 1) % self.log_every == 0
 
     def _due(self, step: int) -> bool:
         return self.log_every > 0 and (step % self.log_every == 0 or step == 1)

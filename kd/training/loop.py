@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.loops.training_epoch_loop import _TrainingEpochLoop
 from pytorch_lightning.plugins.precision import MixedPrecision, Precision
 from pytorch_lightning.strategies import SingleDeviceStrategy
@@ -83,6 +84,8 @@ def lean(trainer: Any) -> bool:
     """Whether a step of this trainer needs nothing of Lightning's that the short way leaves out."""
     plugin = trainer.precision_plugin
     plain = type(plugin) is Precision or (type(plugin) is MixedPrecision and plugin.scaler is None)
+    if any(isinstance(optimiser, torch.optim.LBFGS) for optimiser in trainer.optimizers):
+        return False  # it asks for the loss several times a step
     return plain and type(trainer.strategy) is SingleDeviceStrategy and trainer.accumulate_grad_batches == 1
 
 

@@ -1,7 +1,8 @@
 """One training over several devices: a process for each, all of them in the same code, each with its part of a batch.
 
 The processes are forked here and not by Lightning, so that the first of them is the job itself: what it records stays
-where it is. A batch is cut into equal parts, so the mean of the parts' gradients is the batch's.
+where it is. A batch is cut into equal parts: for losses that are means over samples, and batch norms that are
+synchronised, the mean of the parts' gradients is the batch's but for rounding. Anything else is refused.
 """
 
 from __future__ import annotations
@@ -21,33 +22,44 @@ import torch
 import torch.distributed as dist
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from pytorch_lightning.strategies import DDPStrategy
+from torch import nn
 
-from kd.errors import InputError
+from kd.errors import InputError, KDError
+from kd.objective import Objective
+from kd.training.settings import Fit
 
 NAMES = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "NODE_RANK")
 _DIE_WITH_PARENT = 1  # of prctl
+_GRACE = 10.0  # seconds
+_SAID = 3  # exit code of a rank that ended as the first one did
 
 
-def check(devices: int, batch_size: int, drop_last: bool, gpu: bool) -> None:
-    """Refuse what cannot be cut into equal parts, or devices that are not there.
+def check(fit: Fit, devices: int, gpu: bool, student: nn.Module, objective: Objective) -> None:
+    """Refuse what would be another training on several devices, or devices that are not there.
 
     Raises:
         InputError: in one line.
-
-    >>> check(2, 64, True, gpu=False)
-    >>> check(3, 64, True, gpu=False)
-    Traceback (most recent call last):
-        ...
-    kd.errors.InputError: run.devices=3 cannot share fit.batch_size=64 equally; make it a multiple of 3
     """
     if devices == 1:
         return
-    if batch_size % devices:
+    if fit.batch_size % devices:
         raise InputError(
-            f"run.devices={devices} cannot share fit.batch_size={batch_size} equally; make it a multiple of {devices}"
+            f"run.devices={devices} cannot share fit.batch_size={fit.batch_size} equally; make it a multiple of "
+            f"{devices}"
         )
-    if not drop_last:
+    if not fit.drop_last:
         raise InputError(f"run.devices={devices} needs fit.drop_last=true: a last batch may not come out even")
+    for name, term in objective.active.items():
+        if any(getattr(part, "COMPARES_SAMPLES", False) for part in term.loss.modules()):
+            raise InputError(
+                f"the term {name} compares the samples of a batch, of which each of {devices} devices would see only "
+                "its part; use run.devices=1"
+            )
+    if not gpu and any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in student.modules()):
+        raise InputError(
+            f"run.devices={devices}: on the CPU batch normalisation would see only a part of each batch; use "
+            "run.devices=1"
+        )
     if gpu and torch.cuda.device_count() < devices:
         raise InputError(f"run.devices={devices}, but torch sees {torch.cuda.device_count()} GPU(s)")
 
@@ -79,6 +91,8 @@ def spread(devices: int, tell: Callable[[dict[str, Any]], None]) -> Iterator[int
             try:
                 yield rank
                 code = 0
+            except KDError:
+                code = _SAID  # the first rank found the same, and says it
             except BaseException:  # whatever it is, this process is nobody else's
                 traceback.print_exc()
             finally:
@@ -86,12 +100,19 @@ def spread(devices: int, tell: Callable[[dict[str, Any]], None]) -> Iterator[int
         others.append(pid)
     os.environ.update(shared, RANK="0", LOCAL_RANK="0")
     torch.set_num_threads(max(1, threads // devices))
-    watch = threading.Thread(target=_watch, args=(others, tell), daemon=True)
+    ending = threading.Event()
+    watch = threading.Thread(target=_watch, args=(others, tell, ending), daemon=True)
     watch.start()
     try:
         yield 0
         watch.join()
+    except KDError:
+        raise
+    except Exception:
+        watch.join(timeout=2)  # the cause may be another rank's end, which is then told
+        raise
     finally:
+        ending.set()
         for pid in others:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -112,12 +133,21 @@ def _other(rank: int) -> None:
         ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL, 0, 0, 0)
 
 
-def _watch(others: list[int], tell: Callable[[dict[str, Any]], None]) -> None:
-    for pid in others:
-        _, status = os.waitpid(pid, 0)
-        if status and os.waitstatus_to_exitcode(status) != -signal.SIGKILL:
-            tell({"event": "say", "line": f"rank {others.index(pid) + 1} failed: the training is given up"})
-            os.kill(os.getpid(), signal.SIGTERM)  # the others would wait for it for ever
+def _watch(others: list[int], tell: Callable[[dict[str, Any]], None], ending: threading.Event) -> None:
+    """Wait for the other ranks; one that fails ends the process, or the rest would wait for it for ever."""
+    going = dict(enumerate(others, start=1))
+    while going:
+        for rank, pid in list(going.items()):
+            found, status = os.waitpid(pid, os.WNOHANG)
+            if not found:
+                continue
+            del going[rank]
+            code = os.waitstatus_to_exitcode(status)
+            if code not in (0, _SAID) and not ending.is_set():
+                tell({"event": "say", "line": f"rank {rank} failed ({code}): the training is given up"})
+                if not ending.wait(_GRACE):  # the first rank may end by itself, with an error that says more
+                    os._exit(1)
+        ending.wait(0.05)
 
 
 def strategy(gpu: bool) -> DDPStrategy:

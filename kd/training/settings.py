@@ -124,7 +124,10 @@ class Fit:
 
 @dataclass(frozen=True)
 class Run:
-    """Where a run happens and how loudly: none of it is hashed, and none of it moves a bit of the result."""
+    """Where a run happens and how loudly: none of it is hashed, and none of it moves a bit of the result.
+
+    `accelerator` and `devices` are environment, as the number of threads is: they stand on the card and move rounding.
+    """
 
     store: str = ".kd"
     data_dir: str = "~/.cache/kd/data"

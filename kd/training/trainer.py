@@ -70,9 +70,17 @@ def check_precision(fit: Fit, run: Run) -> None:
     """
     if fit.precision == "16-mixed" and device_of(run).type == "cpu":
         raise InputError("fit.precision=16-mixed needs a GPU; on the CPU use bf16-mixed or 32-true")
-    if fit.compile and device_of(run).type == "cpu" and not any(map(shutil.which, _COMPILERS)):
+
+
+def check_compiler(name: str, on: bool, run: Run) -> None:
+    """Refuse compilation for the CPU where there is nothing to compile with.
+
+    Raises:
+        InputError: naming the field and what is missing.
+    """
+    if on and device_of(run).type == "cpu" and not any(map(shutil.which, _COMPILERS)):
         raise InputError(
-            f"fit.compile=true needs a C++ compiler ({' or '.join(filter(None, _COMPILERS))}); install one, or leave it"
+            f"{name}=true needs a C++ compiler ({' or '.join(filter(None, _COMPILERS))}); install one, or leave it"
         )
 
 
@@ -118,11 +126,12 @@ def train(
             "learn from; change it by one, or set fit.drop_last=true"
         )
     gpu = device_of(run).type == "cuda"
-    check_ranks(run.devices, fit.batch_size, fit.drop_last, gpu)
+    check_compiler("fit.compile", fit.compile, run)
+    check_ranks(fit, run.devices, gpu, module.student, module.objective)
     place = _Place(seed, size, augment, work, views, view_seed, labels, turns)
     with spread(run.devices, tell) as rank:
         if rank:
-            return _fit(module, data, fit, run, place, lambda event: None, None, watching, rank)
+            return _fit(module, data, fit, run, place, lambda event: None, None, (), rank)
         return _fit(module, data, fit, run, place, tell, loggers, watching, 0)
 
 

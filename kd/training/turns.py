@@ -6,6 +6,7 @@ goes on. What a step draws depends on (seed, step) alone, so nothing of a job's 
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import TypeVar
@@ -16,6 +17,7 @@ from kd.training.loaders import Batch, EpochLoader
 
 T = TypeVar("T")
 Position = tuple[int, int]
+LAST = (2**62, 0)  # behind every batch
 KEPT = 4  # batches of a stream that are held for those who are behind
 
 
@@ -70,6 +72,11 @@ class Turns:
         """Let the others come as far as ``position``, that is (epoch, batch); outside of `run` there is nobody."""
         if self._hub is not None and getcurrent() is not self._hub:
             self._hub.switch(position)
+
+    def pause(self, seconds: float = 0.05) -> None:
+        """Let the others go on first, and then some time pass: for who waits for another process."""
+        self.wait(LAST)
+        time.sleep(seconds)
 
     def shared(self, identity: Hashable, make: Callable[[], EpochLoader], position: Callable[[], Position]) -> Shared:
         """A loader for one job; those of the same ``identity`` give the same batches and make them once.

@@ -20,7 +20,7 @@ def test_a_round_times_all_four_loops_on_the_same_steps():
 
 def test_the_clock_starts_after_the_warm_up_and_stops_after_the_steps(monkeypatch):
     now = iter([10.0, 12.5])
-    monkeypatch.setattr("kd.benching.time.perf_counter", lambda: next(now))
+    monkeypatch.setattr("kd.benching.step.time.perf_counter", lambda: next(now))
     clock = Clock(3)
     for _ in range(WARM + 3 + 5):
         clock.tick()

@@ -454,7 +454,7 @@ def test_a_knob_that_came_later_has_its_frozen_value_whatever_the_default_is_now
     text = one.nodes[-1].document
     assert "gamma" not in text["config"]["fit"] and one.key != home[1].key
     monkeypatch.setattr(Distil, "SINCE", {"fit.gamma": 0.25})  # as if today's default were another one
-    assert build(text).fit == {**home[1].card["document"]["config"]["fit"], "gamma": 0.25}
+    assert build(text).fit == {**one.nodes[-1].config["fit"], "gamma": 0.25}
 
 
 def test_only_where_and_how_loudly_may_be_given(home):

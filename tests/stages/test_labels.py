@@ -118,6 +118,26 @@ def test_a_teachers_choices_on_test_are_kept_so_that_students_need_not_ask(copy,
     assert 0 <= card["metrics"]["test/agreement"] <= 1
 
 
+def test_views_come_out_the_same_bytes_again(copy):
+    from kd.launch import reproduce
+
+    key = planned(copy, *MOVING)[0].key
+    verdict, _, _ = reproduce(key[:16], [], str(copy), None, keep=False)
+    assert verdict.word == "bit-identical", verdict.reasons
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("pipeline.stages.student.views=3", "other views than its labels"),
+        ("pipeline.stages.student.view_seed=3", "other seed than its labels"),
+    ],
+)
+def test_a_student_that_sees_other_views_than_its_labels_is_refused(word, said, tmp_path):
+    with pytest.raises(InputError, match=said):
+        planned(tmp_path, *MOVING, word)
+
+
 # --- kills
 
 

@@ -6,14 +6,18 @@ import os
 
 import pytest
 import torch
+from torch import nn
 
 from kd.errors import InputError
+from kd.losses.response import DIST
+from kd.objective import Objective, Term
 from kd.pipeline.jobs import call
 from kd.store import Store
 from kd.training.loaders import EpochLoader
 from kd.training.ranks import alone, averaged, check, spread
+from kd.training.settings import Fit
 from tests.pipeline.small import made, planned
-from tests.training.tiny import split
+from tests.training.tiny import label_term, split
 
 
 def test_the_ranks_share_every_batch_and_no_sample_is_seen_twice():
@@ -78,16 +82,21 @@ def test_a_rank_that_fails_ends_the_training_and_stores_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("fit", "devices", "gpu", "terms", "said"),
     [
-        ((3, 64, True, False), "run.devices=3 cannot share fit.batch_size=64"),
-        ((2, 64, False, False), "needs fit.drop_last=true"),
-        ((99, 99, True, True), "run.devices=99, but torch sees"),
+        (Fit(batch_size=64), 3, False, {}, "run.devices=3 cannot share fit.batch_size=64"),
+        (Fit(batch_size=64, drop_last=False), 2, False, {}, r"needs fit.drop_last=true"),
+        (Fit(batch_size=99), 99, True, {}, "run.devices=99, but torch sees"),
+        (Fit(batch_size=64), 2, True, {"dist": Term(DIST(), 1, "student.logits", "teacher.logits")}, "the term dist"),
+        (Fit(batch_size=64), 2, False, {"norm": None}, "on the CPU batch normalisation would see only a part"),
     ],
 )
-def test_what_cannot_be_shared_equally_is_refused(arguments, said):
+def test_what_would_be_another_training_is_refused(fit, devices, gpu, terms, said):
+    student = nn.Sequential(nn.BatchNorm1d(2)) if "norm" in terms else nn.Sequential(nn.Linear(2, 2))
+    objective = Objective({name: term for name, term in terms.items() if term} or {"ce": label_term()})
     with pytest.raises(InputError, match=said):
-        check(*arguments)
+        check(fit, devices, gpu, student, objective)
+    check(fit, 1, gpu, student, objective)
 
 
 def test_one_device_is_nothing_special():

@@ -13,11 +13,12 @@ from torch import nn
 from kd.errors import InputError
 from kd.losses.logits import cross_entropy
 from kd.models import weights_digest
+from kd.objective import Objective
 from kd.pipeline.execute import execute
 from kd.pipeline.jobs import call
 from kd.store import Store
 from kd.training.settings import Fit, Run
-from kd.training.trainer import check_precision, device_of, evaluation_loader, quiet, resumable
+from kd.training.trainer import check_precision, device_of, evaluation_loader, quiet, resumable, train
 from tests.pipeline.small import kill_at, made, planned
 from tests.training.tiny import fitted, label_term, run_of, split, teacher_term
 
@@ -235,3 +236,46 @@ def test_on_a_gpu_a_batch_stays_there_and_a_loss_that_is_not_finite_is_still_tol
 def test_a_training_ends_with_the_weights_of_its_last_epoch(tmp_path):
     module, trace = fitted(tmp_path)
     assert weights_digest(module.student.net) == trace.epochs[-1]["weights"]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_no_step_waits_for_the_host(tmp_path):
+    """Between two log lines nothing reads a number back: in this mode of CUDA's whatever does raises."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    import pytorch_lightning as pl
+
+    class Guard(pl.Callback):
+        def on_train_batch_start(self, trainer, *_):
+            torch.cuda.set_sync_debug_mode("error" if 12 < trainer.global_step < 20 else "default")
+
+    labels = torch.rand(200, 3)
+    terms = {"ce": label_term(0.5), "kd": teacher_term(0.5)}
+    fit = Fit(epochs=1, batch_size=8, optimiser=SGD)
+    run = run_of(tmp_path, accelerator="gpu", log_every=0)
+    _, trace = fitted(tmp_path, fit, run, terms=terms, labels=labels, count=200, watching=[Guard()])
+    assert trace.steps == 25
+
+
+@pytest.mark.parametrize("word", ["channels_last", pytest.param("compile", marks=pytest.mark.slow)])
+def test_a_layout_or_a_compiler_changes_no_more_than_rounding(word, tmp_path):
+    """Conv nets on the same batches; the compiled one is tapped too, and is stored as it was built."""
+    from kd.models import Normalised, create
+    from kd.training.module import Distiller
+    from kd.training.optimisers import configure
+
+    losses = []
+    for name, on in (("a", False), ("b", True)):
+        torch.manual_seed(0)
+        student = Normalised(create("seed_cnn_small", num_classes=3, in_chans=1, size=4), [0.5], [0.25])
+        fit = Fit(epochs=1, batch_size=4, lr=0.01, optimiser=SGD, **{word: on})
+        module = Distiller(student, Objective({"ce": label_term()}), configure(fit, 5), channels_last=fit.channels_last)
+        (tmp_path / name).mkdir()
+        trace = train(
+            module, (split(), split(9, seed=1)), fit, run_of(tmp_path / name), seed=0, size=4, augment="none",
+            work=tmp_path / name, tell=lambda event: None,
+        )  # fmt: skip
+        losses.append(trace.losses)
+        assert not any("_orig_mod" in key for key in module.student.state_dict())
+        assert module.student._compiled_call_impl is None
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
