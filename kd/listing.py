@@ -12,7 +12,9 @@ from kd.errors import InputError, nearest
 GROUPS = ("loss", "data", "fit", "pipeline", "run", "experiments")
 KINDS = (*GROUPS, "model", "stage", "layers")
 _PAPER = re.compile(r"(?P<method>[^:]+) \((?P<paper>[^()]*\b(?:19|20)\d\d)\): (?P<about>.+)")
-_FAMILIES = {"logits": "response", "self_taught": "response"}  # of the others the module's name is the family's
+_FAMILIES = {"logits": "response", "self_taught": "response"} | dict.fromkeys(
+    ("maps", "flow", "boundary", "across"), "feature"
+)  # of the others the module's name is the family's
 
 
 def listing(what: str, pattern: str | None = None) -> list[dict[str, Any]]:
