@@ -181,15 +181,16 @@ class CRD(nn.Module):
         # A GPU would have to be waited for at every step; there the index is checked by the kernel that uses it.
         if row.device.type == "cpu" and not 0 <= int(row.min()) <= int(row.max()) < samples:
             raise InputError(f"a row is none of the split's: they go from 0 to {samples - 1}")
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             raise InputError("crd keeps its memory on one device; set run.devices=1")
         drawn = torch.cat([row[:, None], self._drawn(target)], dim=1)
         total = []
         # The student is told from the teacher's memory, and the teacher from the student's.
         for place, (ours, memory) in enumerate(zip(found, reversed(memories), strict=True)):
             assert memory is not None
+            # A copy: the memory is written before the gradient, which reads it, is computed.
             with checks.exactly(ours):
-                scores = ((ours @ memory.to(ours.dtype).T).gather(1, drawn) / self.temperature).exp()
+                scores = ((ours @ memory.to(ours.dtype, copy=True).T).gather(1, drawn) / self.temperature).exp()
             with torch.no_grad():
                 constant = self.constants[place].to(scores.dtype)
                 constant = torch.where(constant < 0, scores.mean() * samples, constant)

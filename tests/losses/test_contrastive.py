@@ -145,3 +145,12 @@ def test_a_row_that_is_none_or_other_features_are_refused() -> None:
         loss(student=S[:, 1:], teacher=T, target=TARGET, row=ROW)
     with pytest.raises(InputError, match="call bind"):
         CRD()(student=S, teacher=T, target=TARGET, row=ROW)
+
+
+def test_the_gradient_is_that_of_the_memory_before_the_batch_was_written_into_it() -> None:
+    still, moving = memory().eval(), memory()
+    for loss in (still, moving):
+        step(loss).backward()
+    for first, second in zip(still.parameters(), moving.parameters(), strict=True):
+        assert first.grad is not None and second.grad is not None
+        assert_close(first.grad, second.grad)
