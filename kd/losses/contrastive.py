@@ -20,10 +20,10 @@ _SMALL = 1e-7
 _DRAWS = 4  # of a negative, until one is of another class
 
 
-def infonce(student: Tensor, teacher: Tensor, temperature: float = 0.07) -> Tensor:
+def infonce(student: Tensor, teacher: Tensor, scale: float = 0.07) -> Tensor:
     """Cross-entropy of telling each sample's teacher features from those of the rest of the batch: mean over samples.
 
-    Scores are cosines over the temperature; the batch is all there is to tell from, without a memory. A batch of one
+    Scores are cosines over `scale`; the batch is all there is to tell from, without a memory. A batch of one
     gives 0.
 
     Van den Oord et al., "Representation Learning with Contrastive Predictive Coding" (2018), equation 4.
@@ -31,20 +31,20 @@ def infonce(student: Tensor, teacher: Tensor, temperature: float = 0.07) -> Tens
     Args:
         student: features (N, …).
         teacher: features (N, …), as wide.
-        temperature: above 0.
+        scale: divides the cosines; above 0. Not called a temperature: it softens no distribution of a network's.
 
     Raises:
-        BadValue: if the temperature is not a finite number above 0.
+        BadValue: if the scale is not a finite number above 0.
         InputError: if one holds no floats or nothing, or they are of two batches or widths.
 
-    >>> infonce(torch.eye(2), torch.eye(2), temperature=1.0)  # ln(1 + 1/e)
+    >>> infonce(torch.eye(2), torch.eye(2), scale=1.0)  # ln(1 + 1/e)
     tensor(0.3133)
     """
-    temperature = checks.positive("temperature", temperature)
+    scale = checks.positive("scale", scale)
     student, teacher = checks.rows(student, teacher)
     _one_width(student, teacher)
     with checks.exactly(student):
-        scores = F.normalize(student, dim=1) @ F.normalize(teacher, dim=1).T / temperature
+        scores = F.normalize(student, dim=1) @ F.normalize(teacher, dim=1).T / scale
     return F.cross_entropy(scores, torch.arange(len(scores), device=scores.device))
 
 
@@ -79,24 +79,24 @@ class InfoNCE(nn.Module):
     """`infonce` as a term's loss.
 
     >>> InfoNCE()
-    InfoNCE(temperature=0.07)
+    InfoNCE(scale=0.07)
     """
 
-    extra_repr = checks.shown("temperature")
+    extra_repr = checks.shown("scale")
 
-    def __init__(self, temperature: float = 0.07) -> None:
+    def __init__(self, scale: float = 0.07) -> None:
         super().__init__()
-        self.temperature = checks.positive("temperature", temperature)
+        self.scale = checks.positive("scale", scale)
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The scalar for features (N, …) of both, equally wide."""
-        return infonce(student, teacher, self.temperature)
+        return infonce(student, teacher, self.scale)
 
 
 class CRD(nn.Module):
     """Contrastive representation distillation: `nce` of the student against a memory of the teacher, and the reverse.
 
-    Features go through a trained linear layer each and are brought to length 1. A score is exp(cosine / temperature)
+    Features go through a trained linear layer each and are brought to length 1. A score is exp(cosine / scale)
     over a constant, which the first batch sets so that scores are 1 over the number of samples on average. The
     memories hold an embedding of every sample of the split, a moving average with `momentum`, and are updated after
     each batch in training. They and the constants are buffers: checkpointed, never shipped with the student.
@@ -111,7 +111,7 @@ class CRD(nn.Module):
     Args:
         width: of both embeddings.
         negatives: drawn for each sample.
-        temperature: divides the cosines; above 0.
+        scale: divides the cosines; above 0.
         momentum: share of the memory that stays when a sample is seen again.
 
     >>> loss = CRD(width=4, negatives=8)
@@ -129,14 +129,12 @@ class CRD(nn.Module):
     memory_teacher: Tensor | None
     classes: Tensor | None
     constants: Tensor
-    extra_repr = checks.shown("width", "negatives", "temperature", "momentum")
+    extra_repr = checks.shown("width", "negatives", "scale", "momentum")
 
-    def __init__(
-        self, width: int = 128, negatives: int = 16384, temperature: float = 0.07, momentum: float = 0.5
-    ) -> None:
+    def __init__(self, width: int = 128, negatives: int = 16384, scale: float = 0.07, momentum: float = 0.5) -> None:
         super().__init__()
         self.width, self.negatives = checks.whole("width", width), checks.whole("negatives", negatives)
-        self.temperature = checks.positive("temperature", temperature)
+        self.scale = checks.positive("scale", scale)
         self.momentum = checks.within("momentum", momentum, high=1.0)
         self.register_module("student", None)
         self.register_module("teacher", None)
@@ -181,7 +179,7 @@ class CRD(nn.Module):
         # A GPU would have to be waited for at every step; there the index is checked by the kernel that uses it.
         if row.device.type == "cpu" and not 0 <= int(row.min()) <= int(row.max()) < samples:
             raise InputError(f"a row is none of the split's: they go from 0 to {samples - 1}")
-        if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        if _several():
             raise InputError("crd keeps its memory on one device; set run.devices=1")
         drawn = torch.cat([row[:, None], self._drawn(target)], dim=1)
         total = []
@@ -190,7 +188,7 @@ class CRD(nn.Module):
             assert memory is not None
             # A copy: the memory is written before the gradient, which reads it, is computed.
             with checks.exactly(ours):
-                scores = ((ours @ memory.to(ours.dtype, copy=True).T).gather(1, drawn) / self.temperature).exp()
+                scores = ((ours @ memory.to(ours.dtype, copy=True).T).gather(1, drawn) / self.scale).exp()
             with torch.no_grad():
                 constant = self.constants[place].to(scores.dtype)
                 constant = torch.where(constant < 0, scores.mean() * samples, constant)
@@ -233,6 +231,12 @@ class CRD(nn.Module):
             mixed = self.momentum * memory[row] + (1 - self.momentum) * seen.to(memory.dtype)
             memory[row] = F.normalize(mixed, dim=1)
         self.classes[row] = target.to(self.classes.dtype)
+
+
+def _several() -> bool:
+    """Whether this is one of several processes that train together."""
+    found = torch.distributed
+    return found.is_available() and found.is_initialized() and found.get_world_size() > 1
 
 
 def _one_width(student: Tensor, teacher: Tensor) -> None:

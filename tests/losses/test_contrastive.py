@@ -20,19 +20,19 @@ S, T = tensors(STUDENT, TEACHER)
 TARGET, ROW = tensor([0, 1, 2, 0, 1, 2]), tensor([3, 9, 4, 0, 7, 29])
 
 
-@pytest.mark.parametrize("temperature", [0.07, 1.0])
-def test_infonce_is_that_of_the_numpy_formula(temperature: float) -> None:
+@pytest.mark.parametrize("scale", [0.07, 1.0])
+def test_infonce_is_that_of_the_numpy_formula(scale: float) -> None:
     ours, theirs = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (STUDENT, TEACHER))
-    expected = -np.log(np.diag(softmax(ours @ theirs.T, temperature))).mean()
-    assert infonce(S, T, temperature).item() == pytest.approx(expected, rel=1e-4)
+    expected = -np.log(np.diag(softmax(ours @ theirs.T, scale))).mean()
+    assert infonce(S, T, scale).item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_infonce_of_one_sample_is_nothing_and_of_unlike_widths_refused() -> None:
     assert infonce(S[:1], T[:1]).item() == 0
     with pytest.raises(InputError, match="Embedded"):
         infonce(S, T[:, 1:])
-    with pytest.raises(BadValue, match="temperature"):
-        InfoNCE(temperature=0)
+    with pytest.raises(BadValue, match="scale"):
+        InfoNCE(scale=0)
 
 
 def test_nce_matches_hand_computation() -> None:
@@ -49,7 +49,7 @@ def test_nce_without_a_negative_is_refused() -> None:
 
 def memory(negatives: int = 12, seed: int = 0) -> CRD:
     torch.manual_seed(seed)
-    loss = CRD(width=4, negatives=negatives, temperature=0.5)
+    loss = CRD(width=4, negatives=negatives, scale=0.5)
     loss.bind((2, 5), (2, 5), (30,))
     return loss
 
@@ -154,3 +154,9 @@ def test_the_gradient_is_that_of_the_memory_before_the_batch_was_written_into_it
     for first, second in zip(still.parameters(), moving.parameters(), strict=True):
         assert first.grad is not None and second.grad is not None
         assert_close(first.grad, second.grad)
+
+
+def test_several_devices_are_refused_for_each_would_remember_other_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kd.losses.contrastive._several", lambda: True)
+    with pytest.raises(InputError, match=r"set run\.devices=1"):
+        step(memory())
