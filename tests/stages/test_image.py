@@ -242,7 +242,7 @@ def test_memories_masks_and_lists_of_layers_survive_a_kill_to_the_bit(tmp_path):
     )  # fmt: skip
     _, straight = made(tmp_path / "a", *words)
     one, run = planned(tmp_path / "b", *words)
-    call(kill_at, "step", 6, one, run)
+    call(kill_at, "step", 8 + 6, one, run)  # the teacher takes eight
     execute(one, Store(tmp_path / "b"), run)
     artifact = Store(tmp_path / "b").get(one.key)
     assert artifact is not None and artifact.card["resumed"] and not straight["resumed"]
