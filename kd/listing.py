@@ -12,7 +12,9 @@ from kd.errors import InputError, nearest
 GROUPS = ("loss", "data", "fit", "pipeline", "run", "experiments")
 KINDS = (*GROUPS, "model", "stage", "layers")
 _PAPER = re.compile(r"(?P<method>[^:]+) \((?P<paper>[^()]*\b(?:19|20)\d\d)\): (?P<about>.+)")
-_FAMILIES = {"logits": "response", "self_taught": "response"}  # of the others the module's name is the family's
+_FAMILIES = {"logits": "response", "self_taught": "response"} | dict.fromkeys(
+    ("maps", "flow", "boundary", "across"), "feature"
+)  # of the others the module's name is the family's
 
 
 def listing(what: str, pattern: str | None = None) -> list[dict[str, Any]]:
@@ -77,7 +79,7 @@ def _term(name: str) -> dict[str, Any]:
     assert isinstance(node, dict)
     term = node[name]
     layers = {"student": "student.<layer>", "teacher": "teacher.<layer>", "feature": "student.<layer>"}
-    views = [layers[k] if term[k] == "???" else str(term[k]) for k in (*layers, "target") if k in term]
+    views = [layers[k] if term[k] == "???" else str(term[k]) for k in (*layers, "target", "row") if k in term]
     module = str(term["loss"]["_target_"]).split(".")[-2]
     # ${alpha} and ${complement:${alpha}}, as one would say them.
     weight = re.sub(r"\$\{(\w+)\}", r"\1", str(term["weight"]))

@@ -1,13 +1,13 @@
 """What is minimised: named terms, each a loss with its weight and the views it binds to.
 
 A view is one named tensor: `student.logits`, `teacher.logits`, a layer's output such as `student.layer3`, or
-`batch.target`. Terms name views; losses see tensors.
+`batch.target`. Terms name views; losses see tensors, and a list of them where a term names a list.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -19,7 +19,8 @@ from kd.errors import InputError, nearest
 Value = TypeVar("Value")
 
 LOGITS = "logits"
-_SIDES = {"student": "student", "teacher": "teacher", "feature": "student", "target": "batch"}
+_SIDES = {"student": "student", "teacher": "teacher", "feature": "student", "target": "batch", "row": "batch"}
+Views = str | Sequence[str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,13 +28,14 @@ class Term:
     """One loss, what it weighs, and the views it is given.
 
     Args:
-        loss: called as `loss(student=…)` with `teacher=…`, `target=…` and `feature=…` where those are named; gives a
-            scalar.
+        loss: called as `loss(student=…)` with `teacher=…`, `feature=…`, `target=…` and `row=…` where those are named;
+            gives a scalar.
         weight: 0 or more. At exactly 0 the term is not computed at all.
-        student: `student.logits`, or `student.` and the path of a layer.
-        teacher: `teacher.logits`, or `teacher.` and the path of a layer.
+        student: `student.logits`, or `student.` and the path of a layer; or a list of such, for a loss on several.
+        teacher: `teacher.logits`, or `teacher.` and the path of a layer; or a list of such.
         target: `batch.target`.
-        feature: a second view of the student's, for a loss that reads its logits and a layer.
+        feature: a second view of the student's, for a loss that reads its logits and a layer; or a list of such.
+        row: `batch.row`, each sample's place in the split, for a loss that remembers samples.
 
     Raises:
         InputError: if the weight is negative or no finite number, or a name does not begin as it must.
@@ -48,10 +50,11 @@ class Term:
 
     loss: nn.Module
     weight: float
-    student: str
-    teacher: str | None = None
+    student: Views
+    teacher: Views | None = None
     target: str | None = None
-    feature: str | None = None
+    feature: Views | None = None
+    row: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse what no batch can mend."""
@@ -61,23 +64,26 @@ class Term:
         if not (number and 0 <= self.weight < math.inf):
             raise InputError(f"a term weighs {self.weight!r}; a finite number, 0 or more, was meant")
         object.__setattr__(self, "weight", float(self.weight))  # frozen to its users, not to its own construction
-        for role, view in {"student": self.student, **self.names()}.items():
+        for role, given in {"student": self.student, **self.names()}.items():
             side = _SIDES[role]
-            if not (isinstance(view, str) and view.startswith(f"{side}.") and view != f"{side}."):
-                example = "batch.target" if role == "target" else f"{side}.{LOGITS}"
+            several = isinstance(given, Sequence) and not isinstance(given, str) and side != "batch" and len(given) > 0
+            for view in given if several else [given]:
+                if isinstance(view, str) and view.startswith(f"{side}.") and view != f"{side}.":
+                    continue
+                example = f"batch.{role}" if side == "batch" else f"{side}.{LOGITS}"
                 raise InputError(
                     f"a term reads {view!r} as its {role}; a name that begins with '{side}.' was meant, such as "
                     f"{example!r}"
                 )
 
-    def names(self) -> dict[str, str]:
-        """The view's name for each argument that the loss is given.
+    def names(self) -> dict[str, Views]:
+        """The view's name, or the list of them, for each argument that the loss is given.
 
         >>> from kd.losses.logits import CrossEntropy
         >>> Term(CrossEntropy(), 1, student="student.logits", target="batch.target").names()
         {'student': 'student.logits', 'target': 'batch.target'}
         """
-        given = {"student": self.student, "teacher": self.teacher, "feature": self.feature, "target": self.target}
+        given = {role: getattr(self, role) for role in ("student", "teacher", "feature", "target", "row")}
         return {role: view for role, view in given.items() if view is not None}
 
 
@@ -136,16 +142,17 @@ class Objective(nn.Module):
         """
         if side not in ("student", "teacher"):
             raise InputError(f"{side!r} is no side of an objective{nearest(side, ('student', 'teacher'))}")
-        views = {view for term in self.active.values() for view in term.names().values()}
+        views = {view for term in self.active.values() for named in term.names().values() for view in _each(named)}
         return sorted(v.partition(".")[2] for v in views if v.startswith(f"{side}.") and v != f"{side}.{LOGITS}")
 
     def bind(self, shapes: Mapping[str, torch.Size]) -> None:
         """Tell each loss that asks for them the shapes of its views, so that it can make its trainable parts.
 
-        They draw from the global generator in the order of the terms' names: the same seed gives the same parts.
+        They draw from the global generator in the order of the terms' names: the same seed gives the same parts. Shapes
+        come in the order student, teacher, feature, row; a list of views comes as a list of shapes.
 
         Args:
-            shapes: view name to shape, batch first.
+            shapes: view name to shape, batch first; that of `batch.row` is how many samples the split has.
 
         Raises:
             InputError: if a view is not among the shapes, or a loss cannot bridge them.
@@ -156,10 +163,11 @@ class Objective(nn.Module):
                 continue
             wanted = [view for role, view in term.names().items() if role != "target"]
             found = [_look_up(view, shapes, name) for view in wanted]
+            named = " and ".join(view for views in wanted for view in _each(views))
             try:
                 bind(*found)
             except InputError as error:
-                raise InputError(f"the term {name!r} reads {' and '.join(wanted)}: {error}") from error
+                raise InputError(f"the term {name!r} reads {named}: {error}") from error
 
     def at(self, epoch: float, epochs: int) -> None:
         """Tell each loss that has a schedule where training stands; before a step, whatever the steps before it were.
@@ -203,7 +211,17 @@ class Objective(nn.Module):
         return sum(weighted[1:], start=weighted[0]), parts
 
 
-def _look_up(view: str, found: Mapping[str, Value], term: str) -> Value:
+def _each(views: Views) -> Sequence[str]:
+    return [views] if isinstance(views, str) else views
+
+
+def _look_up(view: Views, found: Mapping[str, Value], term: str) -> Value | list[Value]:
+    if not isinstance(view, str):
+        return [_one(name, found, term) for name in view]
+    return _one(view, found, term)
+
+
+def _one(view: str, found: Mapping[str, Value], term: str) -> Value:
     if view not in found:
         raise InputError(
             f"the term {term!r} reads {view!r}, which is not among {', '.join(sorted(found))}{nearest(view, found)}"

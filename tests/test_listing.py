@@ -27,6 +27,9 @@ def test_a_loss_is_listed_with_what_it_reads_and_weighs():
     assert rows["kd"]["weight"] == "alpha" and rows["kd"]["family"] == "response"
     assert rows["hint"]["views"] == "student.<layer>, teacher.<layer>"
     assert rows["uskd"]["views"] == "student.logits, student.<layer>, batch.target"
+    assert rows["crd"]["views"] == "student.<layer>, teacher.<layer>, batch.target, batch.row"
+    assert rows["crd"]["family"] == "contrastive"
+    assert {rows[name]["family"] for name in ("at", "vid", "fsp", "ofd", "reviewkd")} == {"feature"}
     assert rows["dkd"]["weight"] == "1.0" and rows["dkd"]["views"] == "student.logits, teacher.logits, batch.target"
 
 

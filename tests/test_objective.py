@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,10 @@ def test_weights_are_plain_floats() -> None:
         ({"teacher": "student.logits"}, "'teacher.' was meant, such as 'teacher.logits'"),
         ({"teacher": "layer3"}, "'teacher.' was meant"),
         ({"feature": "teacher.layer3"}, "'student.' was meant"),
+        ({"student": ["student.a", "b"]}, "reads 'b' as its student"),
+        ({"student": []}, "reads [] as its student"),
+        ({"target": ["batch.target"]}, "reads ['batch.target'] as its target"),
+        ({"row": "row"}, "such as 'batch.row'"),
         ({"target": "target"}, "'batch.' was meant, such as 'batch.target'"),
         ({"weight": -0.1}, "weighs -0.1"),
         ({"weight": math.nan}, "weighs nan"),
@@ -175,7 +180,7 @@ def test_weights_are_plain_floats() -> None:
     ],
 )
 def test_a_term_that_no_batch_can_mend_is_refused_in_one_line(fields: dict[str, Any], words: str) -> None:
-    with pytest.raises(InputError, match=words.replace(".", r"\.")) as caught:
+    with pytest.raises(InputError, match=re.escape(words)) as caught:
         Term(**{"loss": CrossEntropy(), "weight": 1.0, "student": "student.logits"} | fields)
     assert "\n" not in str(caught.value)
 
@@ -262,10 +267,41 @@ def test_binding_says_which_term_and_what_it_lacks() -> None:
         Objective({"a": layer()}).bind(shapes)
 
 
+def test_a_role_may_be_a_list_of_views_and_its_loss_is_given_lists() -> None:
+    class Several(nn.Module):
+        shapes: tuple[Any, ...] = ()
+
+        def bind(self, *shapes: Any) -> None:
+            self.shapes = shapes
+
+        def forward(self, student: list[Tensor], teacher: list[Tensor], row: Tensor) -> Tensor:
+            assert isinstance(student, list) and isinstance(teacher, list)
+            return student[0].sum() + 10 * student[1].sum() + 100 * teacher[0].sum() + 1000 * row.sum()
+
+    views = {"student": ["student.head", "student.conv3"], "teacher": ["teacher.head"], "row": "batch.row"}
+    objective = Objective({"several": Term(Several(), 1.0, **views)})
+    assert objective.needs_teacher
+    assert objective.paths("student") == ["conv3", "head"] and objective.paths("teacher") == ["head"]
+    objective.bind(SHAPES | {"batch.row": torch.Size((50,))})
+    expected = [SHAPES["student.head"], SHAPES["student.conv3"]], [SHAPES["teacher.head"]], (50,)
+    assert objective.losses["several"].shapes == expected, "lists keep the order in which they were named"
+    given = {"student.head": torch.ones(2), "student.conv3": torch.ones(3), "teacher.head": torch.ones(4)}
+    total, _ = objective(given | {"batch.row": tensor([1, 2])})
+    assert total.item() == 2 + 30 + 400 + 3000
+
+
+def test_what_a_list_lacks_is_named() -> None:
+    objective = Objective({"a": Term(Hint(), 1.0, student=["student.conv3", "student.conv4"])})
+    with pytest.raises(InputError, match=r"term 'a' reads 'student\.conv4'.*did you mean 'student\.conv3'"):
+        objective.bind(SHAPES)
+
+
 def from_yaml(name: str, alpha: float, **fields: str) -> dict[str, Any]:
     """A file of conf/loss, resolved by hand as the command line would."""
     text = (CONF / f"{name}.yaml").read_text(encoding="utf-8").replace('"${complement:${alpha}}"', str(1 - alpha))
-    root = OmegaConf.create({"alpha": alpha, "temperature": 4.0, "loss": OmegaConf.create(text)})
+    root = OmegaConf.create(
+        {"alpha": alpha, "temperature": 4.0, "fit": {"batch_size": 8}, "loss": OmegaConf.create(text)}
+    )
     found = OmegaConf.to_container(root, resolve=True)["loss"]
     assert list(found) == [name], "the file's one key is its term's name"
     found[name] |= fields

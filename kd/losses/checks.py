@@ -53,6 +53,24 @@ def within(name: str, value: float, low: float = 0.0, high: float = math.inf) ->
     return float(value)
 
 
+def whole(name: str, value: int) -> int:
+    """`value`, refused unless it is a whole number of 1 or more.
+
+    Raises:
+        BadValue: if it is less, or no whole number.
+
+    >>> whole("width", 128)
+    128
+    >>> whole("width", 0)
+    Traceback (most recent call last):
+        ...
+    kd.losses.checks.BadValue: width is 0; it must be a whole number of 1 or more
+    """
+    if not (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        raise BadValue(f"{name} is {value!r}; it must be a whole number of 1 or more")
+    return value
+
+
 def logits(name: str, values: Tensor) -> Tensor:
     """`values` (N, C) in the precision to compute in, refused unless they are logits of a batch that is not empty.
 

@@ -1,11 +1,12 @@
-"""Losses on features: a layer of the student learns to look like a layer of the teacher.
+"""Losses on features: a layer of the student, through a part that is trained, learns to look like one of the teacher.
 
-Romero et al., "FitNets: Hints for Thin Deep Nets" (2015); the projection and the reduction are those of the common
-reference code (mdistiller's FitNet): 1x1 convolution, batch norm and ReLU, then the mean over all elements.
+Hints, after Romero et al., "FitNets: Hints for Thin Deep Nets" (2015), have the projection and the reduction of the
+common reference code (mdistiller's FitNet): 1x1 convolution, batch norm and ReLU, then the mean over all elements.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd.errors import InputError
-from kd.losses import checks
+from kd.losses import checks, layers
+from kd.losses.layers import Layers, Shapes, averaged
+
+_FLOOR = 1e-5  # of a trained variance
 
 
 def hint(student: Tensor, teacher: Tensor) -> Tensor:
@@ -29,12 +33,58 @@ def hint(student: Tensor, teacher: Tensor) -> Tensor:
     >>> hint(torch.tensor([[1.0, 3.0]]), torch.tensor([[1.0, 1.0]]))
     tensor(2.)
     """
-    if student.shape != teacher.shape or not student.numel():
-        raise InputError(
-            f"features of shape {tuple(student.shape)} (student) and {tuple(teacher.shape)} (teacher) cannot be "
-            "compared; they must be of the same shape and not empty"
-        )
+    _same(student, teacher)
     return F.mse_loss(checks.widened(student), checks.widened(teacher))
+
+
+def vid(mean: Tensor, teacher: Tensor, variance: Tensor) -> Tensor:
+    """Half of (mean - teacher)² / variance + log variance: mean over all elements.
+
+    It is the negative log-likelihood of the teacher's maps under a Gaussian of each channel, less a constant.
+
+    Ahn et al., "Variational Information Distillation for Knowledge Transfer" (2019); HobbitLong/RepDistiller,
+    distiller_zoo/VID.py.
+
+    Args:
+        mean: maps (N, D, H, W), what a regressor expects of the teacher.
+        teacher: maps of the same shape.
+        variance: (D,), above 0.
+
+    Raises:
+        InputError: if shapes differ or hold nothing.
+
+    >>> vid(torch.zeros(1, 1, 1, 1), torch.full((1, 1, 1, 1), 2.0), torch.ones(1))
+    tensor(2.)
+    """
+    mean, teacher = checks.widened(mean), checks.widened(teacher)
+    _same(mean, teacher)
+    if mean.ndim != 4 or variance.shape != mean.shape[1:2]:
+        raise InputError(
+            f"maps of shape {tuple(mean.shape)} and variances of shape {tuple(variance.shape)} do not fit; one "
+            "variance a channel was meant"
+        )
+    spread = variance.to(mean.dtype)[:, None, None]
+    return ((mean - teacher).square() / spread + spread.log()).mean() / 2
+
+
+def mgd(rebuilt: Tensor, teacher: Tensor) -> Tensor:
+    """Sum of the squared differences of what was rebuilt and the teacher's maps: mean over samples.
+
+    Yang et al., "Masked Generative Distillation" (2022); open-mmlab/mmrazor, mmrazor/models/losses/mgd_loss.py, there
+    with its weight 2e-5 inside.
+
+    Args:
+        rebuilt: maps (N, D, H, W).
+        teacher: maps of the same shape.
+
+    Raises:
+        InputError: if shapes differ or hold nothing.
+
+    >>> mgd(torch.zeros(2, 1, 1, 2), torch.ones(2, 1, 1, 2))
+    tensor(2.)
+    """
+    _same(rebuilt, teacher)
+    return F.mse_loss(checks.widened(rebuilt), checks.widened(teacher), reduction="sum") / len(rebuilt)
 
 
 class Hint(nn.Module):
@@ -105,8 +155,131 @@ class Hint(nn.Module):
             )
         if rank == 4 and teacher.ndim == 4:
             grid = min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3])
-            student, teacher = _averaged(student, grid), _averaged(teacher, grid)
+            student, teacher = averaged(student, grid), averaged(teacher, grid)
         return hint(self.projection(student), teacher)
+
+
+class VID(nn.Module):
+    """`vid` behind a trained regressor of three 1x1 convolutions, with a trained variance for each channel.
+
+    The variance is softplus(scale) + 1e-5; `scale` is a parameter like the regressor's: optimised, checkpointed and
+    never shipped. Several layers are added up.
+
+    Args:
+        variance: where it begins; above 1e-5.
+
+    >>> loss = VID()
+    >>> loss.bind((8, 3, 4, 4), (8, 5, 4, 4))
+    >>> loss.variances()[0].detach()
+    tensor([5.0000, 5.0000, 5.0000, 5.0000, 5.0000])
+    """
+
+    connectors: nn.ModuleList | None
+    extra_repr = checks.shown("variance")
+
+    def __init__(self, variance: float = 5.0) -> None:
+        super().__init__()
+        self.variance = checks.positive("variance", variance)
+        if self.variance <= _FLOOR:
+            raise checks.BadValue(f"variance is {variance!r}; it must be above its floor, {_FLOOR:g}")
+        self.register_module("connectors", None)
+        self.scales = nn.ParameterList()
+
+    def bind(self, student_shape: Shapes, teacher_shape: Shapes) -> None:
+        """Make regressors and variances, drawing weights from the global generator; a second time it does nothing.
+
+        Raises:
+            InputError: if a layer gives no maps, or one side has more layers.
+        """
+        if self.connectors is None:
+            self.connectors = layers.connectors("vid", student_shape, teacher_shape, _regressor)
+            begin = math.log(math.expm1(self.variance - _FLOOR))
+            for _, shape in layers.shapes(student_shape, teacher_shape):
+                self.scales.append(nn.Parameter(torch.full((shape[1],), begin)))
+
+    def variances(self) -> list[Tensor]:
+        """What each layer's variances are now: (D,)."""
+        return [F.softplus(checks.widened(scale)) + _FLOOR for scale in self.scales]
+
+    def forward(self, student: Layers, teacher: Layers) -> Tensor:
+        """The scalar for maps as bound, any batch size.
+
+        Raises:
+            InputError: if `bind` was not called, or the maps are others.
+        """
+        found = layers.connected("vid", self.connectors, student, teacher)
+        return torch.stack([vid(s, t, v) for (s, t), v in zip(found, self.variances(), strict=True)]).sum()
+
+
+class MGD(nn.Module):
+    """`mgd` of what a trained generator rebuilds from the student's maps with a share of the positions left out.
+
+    A 1x1 convolution leads to the teacher's width where it differs; the generator is two 3x3 convolutions with a ReLU
+    between. Which positions are left out is drawn for each sample from the global generator of the device. Several
+    layers are added up.
+
+    Yang et al., "Masked Generative Distillation" (2022); open-mmlab/mmrazor,
+    mmrazor/models/architectures/connectors/mgd_connector.py.
+
+    Args:
+        masked: share of the positions that are left out, from 0 to 1.
+
+    >>> loss = MGD()
+    >>> loss.bind((8, 3, 4, 4), (8, 5, 4, 4))
+    >>> loss(student=torch.rand(8, 3, 4, 4), teacher=torch.rand(8, 5, 4, 4)).shape
+    torch.Size([])
+    """
+
+    connectors: nn.ModuleList | None
+    generators: nn.ModuleList | None
+    extra_repr = checks.shown("masked")
+
+    def __init__(self, masked: float = 0.65) -> None:
+        super().__init__()
+        self.masked = checks.within("masked", masked, high=1.0)
+        self.register_module("connectors", None)
+        self.register_module("generators", None)
+
+    def bind(self, student_shape: Shapes, teacher_shape: Shapes) -> None:
+        """Make connectors and generators, drawing from the global generator; a second time it does nothing.
+
+        Raises:
+            InputError: if a layer gives no maps, or one side has more layers.
+        """
+        if self.connectors is None:
+            self.connectors = layers.connectors("mgd", student_shape, teacher_shape, _aligned)
+            self.generators = nn.ModuleList(
+                nn.Sequential(nn.Conv2d(t[1], t[1], 3, padding=1), nn.ReLU(), nn.Conv2d(t[1], t[1], 3, padding=1))
+                for _, t in layers.shapes(student_shape, teacher_shape)
+            )
+
+    def forward(self, student: Layers, teacher: Layers) -> Tensor:
+        """The scalar for maps as bound, any batch size.
+
+        Raises:
+            InputError: if `bind` was not called, or the maps are others.
+        """
+        found = layers.connected("mgd", self.connectors, student, teacher)
+        assert self.generators is not None
+        parts = []
+        for generator, (maps, theirs) in zip(self.generators, found, strict=True):
+            left = torch.rand(len(maps), 1, *maps.shape[2:], device=maps.device) <= 1 - self.masked
+            parts.append(mgd(generator(maps * left), theirs))
+        return torch.stack(parts).sum()
+
+
+def _regressor(student: int, teacher: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(student, teacher, 1, bias=False),
+        nn.ReLU(),
+        nn.Conv2d(teacher, teacher, 1, bias=False),
+        nn.ReLU(),
+        nn.Conv2d(teacher, teacher, 1, bias=False),
+    )
+
+
+def _aligned(student: int, teacher: int) -> nn.Module | None:
+    return None if student == teacher else nn.Conv2d(student, teacher, 1)
 
 
 def _projection(rank: int, student: int, teacher: int) -> nn.Module:
@@ -115,25 +288,9 @@ def _projection(rank: int, student: int, teacher: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(student, teacher, 1, bias=False), nn.BatchNorm2d(teacher), nn.ReLU())
 
 
-def _averaged(maps: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Adaptive average pooling to `grid`, as two products: on CUDA the gradient of torch's own is not deterministic."""
-    if maps.shape[2:] == grid:
-        return maps
-    rows, columns = (
-        _windows(size, parts).to(maps.dtype).to(maps.device) for size, parts in zip(maps.shape[2:], grid, strict=True)
-    )
-    return rows @ maps @ columns.T
-
-
-def _windows(size: int, parts: int) -> Tensor:
-    """(parts, size): row i takes the mean of the i-th window of adaptive pooling.
-
-    >>> _windows(4, 2)
-    tensor([[0.5000, 0.5000, 0.0000, 0.0000],
-            [0.0000, 0.0000, 0.5000, 0.5000]], dtype=torch.float64)
-    """
-    weights = torch.zeros(parts, size, dtype=torch.float64)
-    for part in range(parts):
-        window = slice(part * size // parts, -(-(part + 1) * size // parts))
-        weights[part, window] = 1 / (window.stop - window.start)
-    return weights
+def _same(student: Tensor, teacher: Tensor) -> None:
+    if student.shape != teacher.shape or not student.numel():
+        raise InputError(
+            f"features of shape {tuple(student.shape)} (student) and {tuple(teacher.shape)} (teacher) cannot be "
+            "compared; they must be of the same shape and not empty"
+        )

@@ -254,10 +254,12 @@ def bind(
     teacher: Normalised | None,
     data: Config,
     stored: Mapping[str, torch.Tensor] | None = None,
+    samples: int = 2,
 ) -> None:
     """Give the terms the shapes of what they compare: one blank batch through both networks, in eval mode.
 
-    ``stored`` is what is kept of the teacher's outputs on two samples, where no teacher is asked.
+    ``stored`` is what is kept of the teacher's outputs on two samples, where no teacher is asked; ``samples`` how many
+    the split has, for a loss that remembers each.
     """
     import torch
 
@@ -287,7 +289,7 @@ def bind(
     pair = views.get("student.logits"), views.get("teacher.logits")
     if pair[0] is not None and pair[1] is not None and pair[0].shape != pair[1].shape:
         raise InputError(f"the student has {pair[0].shape[1]} classes and the teacher {pair[1].shape[1]}")
-    objective.bind({name: view.shape for name, view in views.items()})
+    objective.bind({name: view.shape for name, view in views.items()} | {"batch.row": torch.Size((samples,))})
 
 
 def _rehearse(
@@ -383,10 +385,10 @@ def _train(
         )
         # On the CPU still: ranks are forked later, and a process that has touched CUDA cannot be forked.
         two = labels.at(0, torch.arange(2, device=labels.device))
-        bind(objective, student, None, data, {name: value.cpu() for name, value in two.items()})
+        bind(objective, student, None, data, {name: value.cpu() for name, value in two.items()}, len(train_split))
     else:
         teacher = load(inputs["teacher"].path) if "teacher" in inputs else None
-        bind(objective, student, teacher, data)
+        bind(objective, student, teacher, data, samples=len(train_split))
     steps = len(train_split) // fit.batch_size if fit.drop_last else -(-len(train_split) // fit.batch_size)
     module = Distiller(
         student,

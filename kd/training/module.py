@@ -74,6 +74,8 @@ class Distiller(pl.LightningModule):
         """The named tensors that terms bind to."""
         images = self._laid(batch["image"])
         views = {"batch.target": batch["target"], "student.logits": self.student(images)}
+        if "row" in batch:
+            views["batch.row"] = batch["row"]
         views.update({f"student.{path}": value for path, value in self.student_taps.pop().items()})
         if self.stored:
             views.update({name: value for name, value in batch.items() if name.startswith("teacher.")})

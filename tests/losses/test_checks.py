@@ -115,3 +115,9 @@ def test_what_is_shown_of_a_module_is_read_from_it() -> None:
         beta, keep = 0.5, None
 
     assert repr(Own()) == "Own(beta=0.5, keep=None)"
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.0, "2", None, True])
+def test_only_a_whole_number_of_one_or_more_is_whole(value: object) -> None:
+    with pytest.raises(checks.BadValue, match=r"width is .*; it must be a whole number of 1 or more"):
+        checks.whole("width", value)

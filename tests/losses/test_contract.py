@@ -16,8 +16,13 @@ from torch import Tensor, nn
 
 import kd.losses
 from kd.errors import InputError
-from kd.losses.feature import Hint
+from kd.losses.across import ReviewKD, SemCKD
+from kd.losses.boundary import AB, OFD
+from kd.losses.contrastive import CRD, InfoNCE
+from kd.losses.feature import MGD, VID, Hint
+from kd.losses.flow import FSP, KDSVD
 from kd.losses.logits import CrossEntropy, LogitMSE, SoftTargetCrossEntropy, SoftTargetKL, Standardised
+from kd.losses.maps import AT, CATKD, CWD, FT, NST, ATNorm, ParaphrasedFT
 from kd.losses.relation import CC, CCRBF, PKT, RKD, SP, Embedded
 from kd.losses.response import DIST, DKD, MLKD, NKD, OFA, TTM, WSLD, WTTM, LearnedTemperatureKL
 from kd.losses.self_taught import PSKD, USKD, LabelSmoothing, TfKDReg, TfKDSelf
@@ -33,6 +38,29 @@ from kd.losses.sequence import (
 )
 
 Views = dict[str, Tensor]
+Shapes = list[tuple[int, ...]]
+
+
+class Step(nn.Module):
+    """A loss as a step of training calls it: the generator set before it, its layers in lists."""
+
+    def __init__(self, loss: nn.Module, layers: tuple[Shapes, Shapes] | None) -> None:
+        super().__init__()
+        self.loss, self.layers = loss, layers
+
+    def forward(self, **views: Any) -> Tensor:
+        for side, shapes in zip(("student", "teacher"), self.layers or (), strict=False):
+            parts = views[side].split([math.prod(shape[1:]) for shape in shapes], dim=1)
+            views[side] = [p.unflatten(1, shape[1:]) for p, shape in zip(parts, shapes, strict=True)]
+        torch.manual_seed(0)
+        found: Tensor = self.loss(**views)
+        return found
+
+
+def listed(student: Shapes, teacher: Shapes) -> dict[str, Any]:
+    """A case of lists: how wide each side is, and that any width is a batch of its own."""
+    wide = [(shapes[0][0], sum(math.prod(shape[1:]) for shape in shapes)) for shapes in (student, teacher)]
+    return {"student": wide[0], "teacher": wide[1], "layers": (student, teacher), "flat": True, "widths": True}
 
 
 @dataclass(frozen=True)
@@ -49,13 +77,16 @@ class Case:
     flat: bool = False  # it takes features of any shape as one vector a sample
     widths: bool = False  # student and teacher may be of two widths
     constants: bool = False  # it has weights made of the student, which its gradient takes as they are
+    layers: tuple[Shapes, Shapes] | None = None  # it takes lists: the tensors are these shapes, side by side
+    row: bool = False  # it is given each sample's row in a split of 20
 
     def loss(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         torch.manual_seed(0)
         loss = self.make()
         if hasattr(loss, "bind"):
-            loss.bind(*(shape for shape in (self.student, self.teacher, self.feature) if shape))
-        return loss.to(dtype)
+            given = self.layers or (self.student, self.teacher, self.feature)
+            loss.bind(*(shape for shape in (*given, (20,) if self.row else None) if shape))
+        return Step(loss, self.layers).to(dtype)
 
     def views(self, dtype: torch.dtype = torch.float32) -> Views:
         generator = torch.Generator().manual_seed(1)
@@ -65,6 +96,8 @@ class Case:
                 views[name] = 3 * torch.randn(shape, generator=generator)
         # Rounded first, so that each precision is given the same numbers.
         views = {name: value.bfloat16().to(dtype) for name, value in views.items()}
+        if self.row:
+            views["row"] = torch.arange(self.student[0]) + 5
         if self.target:
             leading, classes = self.student[:-1], self.student[-1]
             views["target"] = (torch.arange(math.prod(leading)) % classes).reshape(leading)
@@ -73,6 +106,9 @@ class Case:
         return views
 
 
+MAPS = (8, 3, 4, 4)
+DEEP: Shapes = [(8, 3, 4, 4), (8, 4, 3, 3)]
+WIDE: Shapes = [(8, 5, 4, 4), (8, 6, 2, 2)]
 TOKENS: dict[str, Any] = {"student": (4, 3, 5), "teacher": (4, 3, 5), "target": True}
 LOSSES = [
     Case("ce", CrossEntropy, teacher=None, target=True),
@@ -120,6 +156,32 @@ LOSSES = [
     Case("top_k_kl with a tail", lambda: TopKKL(3, tail=True), zero_at_identity=True, **TOKENS),
     Case("hint of maps", Hint, (8, 3, 4, 4), (8, 5, 2, 2)),
     Case("hint of vectors", Hint, (8, 3), (8, 5)),
+    Case("at", AT, (8, 3, 4, 4), (8, 5, 2, 2), widths=True),
+    Case("at of one shape", AT, MAPS, MAPS, zero_at_identity=True, widths=True),
+    Case("at of two layers", AT, **listed(DEEP, DEEP), zero_at_identity=True),
+    Case("at_norm", ATNorm, MAPS, MAPS, zero_at_identity=True, widths=True),
+    Case("nst", NST, (8, 3, 4, 4), (8, 5, 2, 2), widths=True),
+    Case("nst of one shape", NST, MAPS, MAPS, zero_at_identity=True, widths=True),
+    Case("ft", FT, MAPS, MAPS, zero_at_identity=True, widths=True),
+    Case("ft paraphrased", ParaphrasedFT, (8, 3, 4, 4), (8, 6, 2, 2), constants=True),
+    Case("fsp", FSP, **listed(DEEP, DEEP), zero_at_identity=True),
+    Case("fsp of two widths", FSP, **listed(DEEP, WIDE)),
+    Case("ab", AB, MAPS, MAPS),
+    Case("ab of two widths", AB, **listed(DEEP, WIDE)),
+    Case("kdsvd", KDSVD, **listed(DEEP, DEEP), zero_at_identity=True),
+    Case("kdsvd of two widths", KDSVD, **listed([(8, 5, 4, 4), (8, 6, 3, 3)], DEEP)),
+    Case("vid", VID, (8, 3, 4, 4), (8, 5, 2, 2)),
+    Case("vid of two layers", VID, **listed(DEEP, WIDE)),
+    Case("ofd", OFD, (8, 3, 4, 4), (8, 5, 4, 4)),
+    Case("reviewkd", ReviewKD, **listed([*DEEP, (8, 7)], [*WIDE, (8, 6)])),
+    Case("cwd", lambda: CWD(2.0), MAPS, MAPS, zero_at_identity=True),
+    Case("cwd of two widths", CWD, (8, 3, 4, 4), (8, 5, 2, 2)),
+    Case("mgd", MGD, (8, 3, 4, 4), (8, 5, 2, 2)),
+    Case("catkd", CATKD, MAPS, MAPS, zero_at_identity=True),
+    Case("semckd", lambda: SemCKD(batch=9), **listed(DEEP, [(8, 5, 2, 2)])),
+    Case("infonce", lambda: InfoNCE(0.5), flat=True),
+    Case("infonce embedded", lambda: Embedded(InfoNCE(0.5), 4), (8, 3), (8, 6), flat=True),
+    Case("crd", lambda: CRD(4, 16, 0.5).eval(), (8, 5), (8, 6), target=True, row=True, flat=True, constants=True),
 ]
 each = pytest.mark.parametrize("case", LOSSES, ids=lambda case: case.name)
 with_teacher = pytest.mark.parametrize("case", [c for c in LOSSES if c.teacher], ids=lambda case: case.name)

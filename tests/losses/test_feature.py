@@ -1,4 +1,4 @@
-"""FitNets' hint: reference numbers, and the projection that `bind` makes."""
+"""Losses on features: reference numbers, what `bind` makes, and variances that are trained."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import nn, tensor
 from torch.testing import assert_close
 
 from kd.errors import InputError
-from kd.losses.feature import Hint, _averaged, hint
+from kd.losses.checks import BadValue
+from kd.losses.feature import MGD, VID, Hint, hint, mgd, vid
 
 
 def wave(*shape: int, phase: float = 0.0) -> torch.Tensor:
@@ -87,14 +88,6 @@ def test_the_larger_map_is_averaged_down_to_the_smaller(student: tuple[int, int]
     assert_close(loss(student=maps[0], teacher=maps[1]), expected)
 
 
-@pytest.mark.parametrize("size", [2, 5, 7, 8, 14])
-@pytest.mark.parametrize("parts", [1, 2, 3, 5])
-def test_averaging_is_adaptive_pooling(size: int, parts: int) -> None:
-    maps = wave(2, 3, size, size + 1).double()
-    grid = min(parts, size), parts
-    assert_close(_averaged(maps, grid), F.adaptive_avg_pool2d(maps, grid))
-
-
 def test_the_same_seed_makes_the_same_projection() -> None:
     shapes = (4, 3, 6, 6), (4, 5, 6, 6)
     first, again, other = bound(*shapes, seed=1), bound(*shapes, seed=1), bound(*shapes, seed=2)
@@ -147,3 +140,95 @@ def test_layers_that_no_projection_joins_are_refused(
 def test_other_features_than_those_bound_are_refused(use: Callable[[], object], words: str) -> None:
     with pytest.raises(InputError, match=words):
         use()
+
+
+def test_vid_is_half_of_the_squared_error_over_the_variance_and_its_logarithm() -> None:
+    mean, teacher, variance = wave(4, 3, 5, 5).double(), wave(4, 3, 5, 5, phase=1.0).double(), tensor([0.5, 1.0, 5.0])
+    spread = variance.double().reshape(1, 3, 1, 1)
+    expected = (((mean - teacher) ** 2 / spread + spread.log()) / 2).mean()
+    assert vid(mean, teacher, variance).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def regression(variance: float = 5.0) -> VID:
+    torch.manual_seed(0)
+    loss = VID(variance)
+    loss.bind([(4, 3, 6, 6), (4, 4, 3, 3)], [(4, 5, 6, 6), (4, 2, 3, 3)])
+    return loss
+
+
+def test_vid_trains_its_variances_and_they_are_in_the_state() -> None:
+    # mdistiller keeps them in a plain list: never optimised, never stored, so its loss is a scaled squared error.
+    loss = regression()
+    assert {"scales.0", "scales.1"} <= set(loss.state_dict()) & {name for name, _ in loss.named_parameters()}
+    views = {"student": [wave(4, 3, 6, 6), wave(4, 4, 3, 3)], "teacher": [wave(4, 5, 6, 6), wave(4, 2, 3, 3)]}
+    before = loss(**views)
+    torch.optim.SGD(loss.parameters(), lr=1.0).zero_grad()
+    before.backward()
+    assert all(scale.grad is not None and scale.grad.abs().min() > 0 for scale in loss.scales)
+    with torch.no_grad():
+        for scale in loss.scales:
+            scale -= 10 * scale.grad
+    assert loss.variances()[0].max() < 5 and loss(**views) < before
+
+
+@pytest.mark.parametrize("variance", [5.0, 1.0, 0.1])
+def test_vid_begins_at_its_variance(variance: float) -> None:
+    assert_close(regression(variance).variances()[0], torch.full((5,), variance))
+
+
+def test_vid_is_the_formula_of_what_its_regressors_expect() -> None:
+    loss = regression()
+    views = {"student": [wave(4, 3, 6, 6), wave(4, 4, 3, 3)], "teacher": [wave(4, 5, 6, 6), wave(4, 2, 3, 3)]}
+    assert loss.connectors is not None
+    pairs = zip(loss.connectors, views["student"], views["teacher"], loss.variances(), strict=True)
+    assert_close(loss(**views), torch.stack([vid(part(s), t, v) for part, s, t, v in pairs]).sum())
+
+
+def test_mgd_is_the_sum_over_a_sample() -> None:
+    rebuilt, teacher = wave(4, 3, 5, 5), wave(4, 3, 5, 5, phase=1.0)
+    expected = np.square(rebuilt.double().numpy() - teacher.double().numpy()).sum() / 4
+    assert mgd(rebuilt, teacher).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_mgd_leaves_out_its_share_of_positions_in_all_channels_and_draws_by_the_seed() -> None:
+    class Seen(nn.Module):
+        maps: torch.Tensor
+
+        def forward(self, maps: torch.Tensor) -> torch.Tensor:
+            self.maps = maps
+            return maps
+
+    loss, ones, seen = MGD(masked=0.65), torch.ones(8, 3, 40, 40), Seen()
+    loss.bind(ones.shape, ones.shape)
+    assert loss.generators is not None
+    loss.generators[0] = seen
+    torch.manual_seed(0)
+    loss(student=ones, teacher=ones)
+    first = seen.maps
+    assert first.mean().item() == pytest.approx(0.35, abs=0.01) and first[:, 0].equal(first[:, 2])
+    assert not first[0].equal(first[1])
+    torch.manual_seed(0)
+    loss(student=ones, teacher=ones)
+    assert first.equal(seen.maps)
+
+
+def test_mgd_bridges_unlike_widths_alone() -> None:
+    same, other = MGD(), MGD()
+    same.bind((4, 3, 6, 6), (4, 3, 6, 6))
+    other.bind((4, 3, 6, 6), (4, 5, 6, 6))
+    assert same.connectors is not None and other.connectors is not None
+    assert isinstance(same.connectors[0], nn.Identity) and isinstance(other.connectors[0], nn.Conv2d)
+
+
+def test_vid_and_mgd_refuse_what_does_not_fit() -> None:
+    for loss in (VID(), MGD()):
+        with pytest.raises(InputError, match="call bind"):
+            loss(student=wave(4, 3, 6, 6), teacher=wave(4, 3, 6, 6))
+        with pytest.raises(InputError, match="both give maps"):
+            loss.bind((4, 3), (4, 3))
+    with pytest.raises(InputError, match="one variance a channel"):
+        vid(wave(4, 3, 6, 6), wave(4, 3, 6, 6), torch.ones(2))
+    with pytest.raises(BadValue, match="variance"):
+        VID(variance=1e-6)
+    with pytest.raises(BadValue, match="masked"):
+        MGD(masked=1.5)

@@ -29,3 +29,33 @@ def kl(first: Array, second: Array) -> Array:
 def tensors(*arrays: Array) -> tuple[Tensor, ...]:
     """In float32, as a training gives them."""
     return tuple(torch.from_numpy(array).float() for array in arrays)
+
+
+def svd_flow(student: list[Tensor], teacher: list[Tensor], turned: frozenset[tuple[int, int]] = frozenset()) -> Array:
+    """KD-SVD of one vector, between each layer and the next, sample by sample.
+
+    Args:
+        student: maps of each layer.
+        teacher: maps of each layer.
+        turned: (layer, sample) whose teacher's vector has the other sign.
+    """
+
+    def directions(maps: Array, count: int) -> Array:
+        return np.asarray(np.linalg.svd(maps.reshape(len(maps), -1).T, full_matrices=False)[2][:count])
+
+    total = np.zeros(len(student) - 1)
+    for sample in range(len(student[0])):
+        before: tuple[Array, Array] | None = None
+        for layer, (s, t) in enumerate(zip(student, teacher, strict=True)):
+            (goal,) = directions(t[sample].double().numpy(), 1)
+            goal = goal if (goal.sum() >= 0) != ((layer, sample) in turned) else -goal
+            found = directions(s[sample].double().numpy(), 4)
+            best = found[np.abs(found @ goal).argmax()]
+            best = best * np.sign(best @ goal)
+            if before is not None:
+                ours, theirs = (
+                    np.exp(-((a[:, None] - b[None]) ** 2) / 8) for a, b in zip((best, goal), before, strict=True)
+                )
+                total[layer - 1] += ((ours - theirs) ** 2).sum() / len(student[0])
+            before = best, goal
+    return total

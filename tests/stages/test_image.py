@@ -230,3 +230,21 @@ def test_on_a_gpu_the_labels_are_the_teachers_and_a_folder_of_images_gives_the_s
     assert stored[0].read_bytes() == stored[1].read_bytes()
     on_cpu = made(tmp_path / "cpu", *words, "run.accelerator=cpu")[1]
     assert cards[0]["metrics"]["test/loss"] == pytest.approx(on_cpu["metrics"]["test/loss"], rel=0.05)
+
+
+def test_memories_masks_and_lists_of_layers_survive_a_kill_to_the_bit(tmp_path):
+    # CRD's memories and MGD's masks; a run that began them anew, or drew on, would end elsewhere.
+    words = (
+        "loss=[ce,crd,mgd,fsp]", "run.checkpoint_seconds=0", "loss.crd.loss.negatives=64",
+        "loss.crd.student=student.dense", "loss.crd.teacher=teacher.dense",
+        "loss.mgd.student=student.conv3", "loss.mgd.teacher=teacher.conv3",
+        "loss.fsp.student=[student.conv1,student.conv2]", "loss.fsp.teacher=[teacher.conv1,teacher.conv2]",
+    )  # fmt: skip
+    _, straight = made(tmp_path / "a", *words)
+    one, run = planned(tmp_path / "b", *words)
+    call(kill_at, "step", 8 + 6, one, run)  # the teacher takes eight
+    execute(one, Store(tmp_path / "b"), run)
+    artifact = Store(tmp_path / "b").get(one.key)
+    assert artifact is not None and artifact.card["resumed"] and not straight["resumed"]
+    assert bits(artifact.card) == bits(straight)
+    assert not [name for name in load_file(artifact.path / "model.safetensors") if "memory" in name or "crd" in name]

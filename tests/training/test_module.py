@@ -114,7 +114,7 @@ def test_the_teacher_stays_frozen_and_out_of_state_and_optimiser():
     trained = [p for g in module.configure_optimizers()["optimizer"].param_groups for p in g["params"]]
     assert {id(p) for p in trained} == own
     assert module.state_dict() and all(name.startswith("student.") for name in module.state_dict())
-    assert set(module.views(batch())) == {"batch.target", "student.logits", "teacher.logits"}
+    assert set(module.views(batch())) == {"batch.target", "batch.row", "student.logits", "teacher.logits"}
 
 
 def test_what_the_batch_brings_of_the_teacher_is_heard_in_its_place():
