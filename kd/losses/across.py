@@ -163,6 +163,8 @@ class SemCKD(nn.Module):
     torch.Size([])
     """
 
+    COMPARES_SAMPLES = True
+
     queries: nn.ModuleList | None
     keys: nn.ModuleList | None
     regressors: nn.ModuleList | None

@@ -82,6 +82,8 @@ class InfoNCE(nn.Module):
     InfoNCE(scale=0.07)
     """
 
+    COMPARES_SAMPLES = True
+
     extra_repr = checks.shown("scale")
 
     def __init__(self, scale: float = 0.07) -> None:
@@ -122,6 +124,8 @@ class CRD(nn.Module):
     >>> loss(student=torch.rand(2, 16), teacher=torch.rand(2, 32), **batch).shape
     torch.Size([])
     """
+
+    COMPARES_SAMPLES = True
 
     student: nn.Module | None
     teacher: nn.Module | None

@@ -121,6 +121,8 @@ class KDSVD(nn.Module):
     1
     """
 
+    COMPARES_SAMPLES = True
+
     connectors: nn.ModuleList | None
     extra_repr = checks.shown("rank")
 
