@@ -105,16 +105,21 @@ def label_views(
     group = 1 if split.paths is None else max(1, min(GROUP, BUFFER // (layout.row * layout.block)))
     missing = _missing(layout, made_by, work, tell)
     todo = sum(len(views) * rows for (_, _, rows), views in missing)
-    if todo:
-        _announce(speaker, loader, layout, todo, tell)
     done, total = 0, -(-todo // batch)
+    started, announced = time.perf_counter(), False
     for (number, first, rows), views in missing:
         for some in (views[i : i + group] for i in range(0, len(views), group)):
             made: dict[int, list[Mapping[str, Tensor]]] = {view: [] for view in some}
             for view, outputs in _outputs(speaker, loader, first, rows, some, layout):
                 made[view].append(outputs)
                 done += 1
+                if done == 1:  # which warmed up: the next two tell the time
+                    started = time.perf_counter()
+                if done == 3:
+                    announced = _announce(layout, todo, (time.perf_counter() - started) / 2 * total, tell)
                 tell({"event": "pass", "step": done, "total": max(total, done)})
+            if not announced:  # before the first file, however few batches there are
+                announced = _announce(layout, todo, (time.perf_counter() - started) * total / done, tell)
             for view, parts in made.items():
                 whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
                 write_shard(work / shard(view, number), whole, made_by, view)
@@ -162,26 +167,17 @@ def _missing(
     return found
 
 
-def _announce(
-    speaker: Speaker, loader: EpochLoader, layout: Layout, todo: int, tell: Callable[[dict[str, Any]], None]
-) -> None:
-    """Say how large the rest will be and, after two batches, how long it will take."""
-    rows = torch.arange(speaker.how.batch_size).clamp(max=layout.samples - 1)
-    seconds = 0.0
-    for _, ids, images in loader.raw([rows, rows]):
-        started = time.perf_counter()
-        logits, _ = speaker(loader.seen(images, ids, 0))
-        logits.cpu()  # a GPU is waited for
-        seconds = time.perf_counter() - started
-    expected = seconds * todo / speaker.how.batch_size
+def _announce(layout: Layout, todo: int, seconds: float, tell: Callable[[dict[str, Any]], None]) -> bool:
+    """Say how large the rest will be and how long it will take."""
     kept = "" if layout.top_k is None else f", the {layout.top_k} largest logits"
     tell(
         {
             "event": "say",
             "line": f"labels: {layout.views} views of {layout.samples:,} samples in {layout.dtype}{kept}: "
-            f"{size_text(todo * layout.row)} to write, about {duration_text(expected)}",
+            f"{size_text(todo * layout.row)} to write, about {duration_text(seconds)}",
         }
     )
+    return True
 
 
 def link(paths: Sequence[Path], out: Path) -> None:
