@@ -22,9 +22,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from kd.errors import InputError, nearest, offer
 from kd.instantiate import check_target, signature_errors, targets
+from kd.pipeline.expand import expand
 from kd.training.settings import Fit, Run, require, typed
 
 ROOT_KEYS = {"teacher", "student", "data", "loss", "fit", "teacher_fit", "labels", "pipeline", "run"}
+LISTS = {"teachers", "assistants", "students"}  # of models, for the pipelines that have several
 DIALS = {"temperature", "alpha", "seed", "teacher_seed"}
 SEVERAL = {"loss", "run/logger"}  # the groups that take a list of options; any other takes one
 # The only forms an interpolation may take outside run/: a path of names, or one minus it.
@@ -426,11 +428,11 @@ def checked(raw: Mapping[Any, Any], resolve: Callable[[], Any]) -> dict[str, Any
     for key in raw:
         if key == "experiments":
             raise InputError("an experiment's file begins with the line `# @package _global_`; this one does not")
-        if key not in ROOT_KEYS | DIALS:
-            raise InputError(f"{key!r} is no part of a config{nearest(str(key), ROOT_KEYS | DIALS)}")
+        if key not in ROOT_KEYS | LISTS | DIALS:
+            raise InputError(f"{key!r} is no part of a config{nearest(str(key), ROOT_KEYS | LISTS | DIALS)}")
     if not raw.get("loss"):
         raise InputError("loss holds no term; choose some, e.g. loss=[ce,kd] (`kd list loss`)")
-    for key in sorted((ROOT_KEYS | DIALS) - set(raw)):
+    for key in sorted((ROOT_KEYS | LISTS | DIALS) - set(raw)):
         raise InputError(f"the config has no {key!r}; it cannot do without")
     for path, text in _strings({k: v for k, v in raw.items() if k != "run"}):
         _reference(path, text)
@@ -450,6 +452,11 @@ def checked(raw: Mapping[Any, Any], resolve: Callable[[], Any]) -> dict[str, Any
     for key in sorted(ROOT_KEYS):
         if not isinstance(plain[key], dict):
             raise InputError(f"{key}={plain[key]!r} is no mapping; set its fields, e.g. {key}.{_first_field(raw[key])}")
+    for key in sorted(LISTS):
+        if not isinstance(plain[key], list):
+            raise InputError(f"{key}={plain[key]!r} is no list; write one, e.g. {key}=[resnet34,resnet18]")
+    _pipeline(plain["pipeline"])
+    plain["pipeline"] = {**plain["pipeline"], "stages": expand(plain["pipeline"]["stages"])}
     _dials(plain)
     run = typed(Run, plain["run"], "run")
     if not all(isinstance(name, str) for name in run.trusted):
@@ -473,7 +480,6 @@ def checked(raw: Mapping[Any, Any], resolve: Callable[[], Any]) -> dict[str, Any
     if "_target_" not in plain["data"]:
         raise InputError("data has no _target_; choose an option of that group (`kd list data`)")
     signature_errors(plain["data"], "data", run.trusted)
-    _pipeline(plain["pipeline"])
     for name, logger in run.logger.items():
         if not isinstance(logger, dict) or "_target_" not in logger:
             raise InputError(f"run.logger.{name}={logger!r} is no logger; choose run/logger=[csv] or [tensorboard]")
@@ -513,7 +519,7 @@ def _pipeline(node: dict[str, Any]) -> None:
     if not isinstance(stages, dict) or not stages:
         raise InputError("pipeline.stages holds no stage; choose a pipeline (`kd list pipeline`)")
     for name, stage in stages.items():
-        if not isinstance(stage, dict) or "_target_" not in stage:
+        if not isinstance(stage, dict) or not {"_target_", "for_each"} & stage.keys():
             raise InputError(f"pipeline.stages.{name}={stage!r} is no stage: a stage is a mapping with _target_")
 
 

@@ -10,7 +10,7 @@ from hydra import compose
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.singleton import Singleton
 
-from kd.config import DIALS, ROOT_KEYS, _Composer, complement, conf_dir, jobs, labels
+from kd.config import DIALS, LISTS, ROOT_KEYS, _Composer, complement, conf_dir, jobs, labels
 from kd.errors import InputError
 
 
@@ -48,7 +48,7 @@ hydra:
 
 def test_a_config_holds_the_groups_and_the_dials_as_plain_data():
     config = one()
-    assert set(config) == ROOT_KEYS | DIALS
+    assert set(config) == ROOT_KEYS | LISTS | DIALS
     assert json.loads(json.dumps(config)) == config
     assert config["loss"]["kd"]["loss"]["temperature"] == config["temperature"] == 4.0
     assert config["loss"]["ce"]["weight"] == 0.1 and config["loss"]["kd"]["weight"] == 0.9
