@@ -52,17 +52,21 @@ def main(text: str) -> dict[str, object]:
     started = time.perf_counter()
     teacher = Frozen(build(config["teacher"], data, splits, 0, room).to(device))
     labels = []
+    memory = {True: torch.channels_last, False: torch.contiguous_format}
+    laid, asking = memory[fit.channels_last], memory[bool(config["labels"]["channels_last"])]
+    teacher.to(memory_format=asking)
     for view in range(fit.epochs):
         logits = []
         for rows in torch.split(torch.arange(len(split), device=device), int(config["labels"]["batch_size"])):
-            logits.append(teacher(augment(images[rows], data["augment"], 0, ids[rows], view, size)))
+            batch = augment(images[rows], data["augment"], 0, ids[rows], view, size)
+            logits.append(teacher(batch.contiguous(memory_format=asking)))
         labels.append(torch.cat(logits))
     parts["labels_s"] = time.perf_counter() - started
 
     students = []
     for temperature, alpha in asked["students"]:
         started = time.perf_counter()
-        net = build(stage["student"], data, splits, 0, room).to(device).train()
+        net = build(stage["student"], data, splits, 0, room).to(device, memory_format=laid).train()
         steps = len(split) // fit.batch_size
         made = configure(fit, steps)(list(net.parameters()))
         optimiser, schedule = made["optimizer"], made["lr_scheduler"]["scheduler"]
@@ -70,7 +74,7 @@ def main(text: str) -> dict[str, object]:
             order = torch.randperm(len(split), generator=torch.Generator().manual_seed(mix(0, "order", epoch)))
             for rows in torch.split(order.to(device)[: steps * fit.batch_size], fit.batch_size):
                 batch = augment(images[rows], data["augment"], 0, ids[rows], epoch, size)
-                out = net(batch)
+                out = net(batch.contiguous(memory_format=laid))
                 soft = F.kl_div(
                     F.log_softmax(out / temperature, 1),
                     F.log_softmax(labels[epoch][rows] / temperature, 1),
