@@ -66,7 +66,7 @@ def main(text: str) -> dict[str, object]:
     students = []
     for temperature, alpha in asked["students"]:
         started = time.perf_counter()
-        net = build(stage["student"], data, splits, 0, room).to(device, memory_format=laid).train()
+        net = build(stage["student"], data, splits, 0, room).to(device).to(memory_format=laid).train()
         steps = len(split) // fit.batch_size
         made = configure(fit, steps)(list(net.parameters()))
         optimiser, schedule = made["optimizer"], made["lr_scheduler"]["scheduler"]

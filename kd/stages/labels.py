@@ -168,7 +168,19 @@ class SoftLabels:
                 net = build(teacher.model, self.data, None, 0, room)
             else:
                 raise InputError("pipeline.stages.labels.inputs.teacher must name a stage that trains a network")
-            _widths(net, self._paths(), blank(self.data, 2))
+            widths = _widths(net, self._paths(), blank(self.data, 2))
+            self._fits(widths, room)
+
+    def _fits(self, widths: Mapping[str, int], room: Room) -> None:
+        """Refuse features that the disk cannot take; planning counts logits alone, for it knows no network."""
+        from kd.instantiate import instantiate
+
+        data = {name: value for name, value in self.data.items() if name != "digest"}
+        source = instantiate(data, room.run.trusted, "data").resolved(room.data_dir)
+        needed = self.layout(self.__dict__, source.training_samples(room.data_dir), widths).bytes
+        place = next(path for path in (room.work, *room.work.parents) if path.exists())
+        if needed > (free := shutil.disk_usage(place).free):
+            raise InputError(too_small(needed, free, place))
 
     def _paths(self) -> list[str]:
         from kd.models.taps import POOLED
@@ -240,7 +252,7 @@ def too_small(needed: int, free: int, place: Path) -> str:
     """The one line about a disk that cannot take the labels."""
     return (
         f"the labels take {files.size_text(needed)} and {place} has {files.size_text(free)} free; store fewer bytes "
-        "(labels.dtype=float16, labels.top_k=…, fewer labels.views), or name another folder in run.store"
+        "(labels.dtype=float16, labels.top_k=…, fewer labels.views or features), or name another folder in run.store"
     )
 
 

@@ -253,6 +253,18 @@ def test_a_layer_that_the_teacher_has_not_is_refused_before_it_is_trained(tmp_pa
         check([one], Store(tmp_path), run)
 
 
+def test_features_that_the_disk_cannot_take_are_refused_before_the_teacher_is_trained(tmp_path, monkeypatch):
+    import kd.stages.labels as stage
+
+    free = 2 * 1500 * 10 * 4  # the logits of two views would fit, 64 features of each sample do not
+    one, run = planned(tmp_path, *MOVING, "labels.features=[conv3]")
+    monkeypatch.setattr(stage.shutil, "disk_usage", lambda place: type("", (), {"free": free})())
+    with pytest.raises(InputError, match=r"the labels take .* free; store fewer bytes"):
+        check([one], Store(tmp_path), run)
+    monkeypatch.setattr(stage.shutil, "disk_usage", lambda place: type("", (), {"free": 100 * free})())
+    check([one], Store(tmp_path), run)
+
+
 def test_the_disk_is_looked_at_again_before_the_pass(copy, monkeypatch):
     import kd.stages.labels as stage
 
