@@ -28,7 +28,8 @@ def main(text: str) -> dict[str, object]:
     from kd.models import Frozen
     from kd.pipeline.plan import plan
     from kd.stages.base import Room
-    from kd.stages.image import build, load_data
+    from kd.stages.building import build
+    from kd.stages.splits import load_data
     from kd.training.memory import keep_memory
     from kd.training.optimisers import configure
     from kd.training.seeds import mix

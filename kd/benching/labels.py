@@ -53,7 +53,8 @@ def bench_labels(words: list[str], rounds: int, samples: int, compiled: bool = F
     from kd.data.labels import Layout, StoredLabels, shard
     from kd.models import Frozen
     from kd.stages.base import Room
-    from kd.stages.image import build, load_data
+    from kd.stages.building import build
+    from kd.stages.splits import load_data
     from kd.training.labelling import Pass, Speaker, label_views
     from kd.training.memory import keep_memory
     from kd.training.trainer import device_of

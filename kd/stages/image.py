@@ -8,21 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from kd.errors import InputError, KDError
+from kd.errors import InputError
+from kd.stages.assembly import assemble
 from kd.stages.base import Config, Room, Stage
+from kd.stages.building import build, build_objective
+from kd.stages.evaluation import CHOSEN, evaluated, peer_of
+from kd.stages.splits import data_print, load_data
 from kd.store import Artifact, canonical
 from kd.training.settings import HISTORY, Fit
 
 if TYPE_CHECKING:
     import torch
 
-    from kd.data import Split, Splits
-    from kd.data.labels import StoredLabels
+    from kd.data import Splits
     from kd.models import Normalised
     from kd.objective import Objective
 
 POOLED = ":pooled"  # what kd.models.taps calls so; planning does without torch
-CHOSEN = "predictions.safetensors"
 FIT_SINCE = {"fit.channels_last": False, "fit.compile": False}
 
 
@@ -163,91 +165,6 @@ class Distil:
         return _train(self, student, inputs, splits, out, room, self.student)
 
 
-def load_data(data: Config, room: Room) -> Splits:
-    """The splits; refused if their content is not what the key names."""
-    found: Splits = room.once(("data", canonical(data)), lambda: _load(data, room))
-    return found
-
-
-def _load(data: Config, room: Room) -> Splits:
-    from kd.instantiate import instantiate
-
-    source = instantiate({k: v for k, v in data.items() if k != "digest"}, room.run.trusted, "data").resolved(
-        room.data_dir
-    )
-    found = source.content_digest(room.data_dir, room.data_cache / "digests.json")
-    if data.get("digest") not in (None, found):
-        raise InputError(
-            f"the data set {data['name']} has changed: its content is {found[:16]}, the config names "
-            f"{str(data['digest'])[:16]}; plan again, or put the old files back"
-        )
-    splits: Splits = source.load(room.data_dir, memory_bytes=int(room.run.memory_gb * 2**30), cache=room.data_cache)
-    if not len(splits.validation):
-        raise InputError(
-            "data.validation=0 leaves no validation sample, and test may choose nothing: give it 1 or more"
-        )
-    return splits
-
-
-def data_print(data: Config, room: Room) -> dict[str, Any]:
-    """The data's fingerprint, taken again after they were used: only files that were touched meanwhile are read again.
-
-    Raises:
-        KDError: if the content is no longer what it was at the start. The checkpoint, which may have learnt from both,
-            is gone then.
-    """
-    from kd.instantiate import instantiate
-
-    try:
-        source = instantiate({k: v for k, v in data.items() if k != "digest"}, room.run.trusted, "data").resolved(
-            room.data_dir
-        )
-        found = source.content_digest(room.data_dir, room.data_cache / "digests.json")
-        said = f"its content is now {found[:16]}"
-    except InputError as error:
-        found, said = "", str(error)
-    if data.get("digest") not in (None, found):
-        for path in room.work.glob("*"):
-            if path.is_file():
-                path.unlink()
-        raise KDError(
-            f"the data set {data['name']} was {str(data['digest'])[:16]} when {room.stage or 'the stage'} began, and "
-            f"changed while it ran ({said}); nothing was stored: leave the files alone and run the same command again"
-        )
-    return {"name": data["name"], "digest": found}
-
-
-def build(model: Config, data: Config, splits: Splits | None, seed: int, room: Room) -> Normalised:
-    """A network for the data's shape and classes, initialised from the seed alone."""
-    from kd.instantiate import instantiate
-    from kd.models import Normalised, preprocessing
-    from kd.training.seeds import seed_all
-
-    seed_all(seed, "init")
-    classes = len(splits.classes) if splits is not None else int(data["num_classes"])
-    net = instantiate(
-        model, room.run.trusted, num_classes=classes, in_chans=int(data["channels"]), size=int(data["size"])
-    )
-    return Normalised(net, *preprocessing(net, data["mean"], data["std"]))
-
-
-def build_objective(config: Config, room: Room) -> Objective:
-    """The terms that a config describes.
-
-    Raises:
-        InputError: if a term is none, or nothing is to be minimised.
-    """
-    from kd.instantiate import instantiate
-    from kd.objective import Objective
-
-    if "loss" in config:
-        raise InputError("a term cannot be called 'loss': that is the name of the sum in records and loggers")
-    try:
-        return Objective(instantiate(config, room.run.trusted))
-    except (TypeError, ValueError) as error:
-        raise InputError(f"loss: {error}") from error
-
-
 def bind(
     objective: Objective,
     student: Normalised,
@@ -325,30 +242,6 @@ def _without_numbers(node: Any) -> Any:
     return None if isinstance(node, (int, float)) and not isinstance(node, bool) else node
 
 
-def _subset(splits: Splits, samples: int | None, seed: int) -> torch.Tensor | None:
-    """Rows of the training split to learn from: balanced over classes, drawn by the seed; None for all."""
-    import torch
-
-    from kd.training.seeds import mix
-
-    if samples is None or samples >= len(splits.train):
-        return None
-    order = torch.randperm(len(splits.train), generator=torch.Generator().manual_seed(mix(seed, "samples")))
-    targets = splits.train.targets.cpu()[order]
-    # The k-th sample of each class comes before the k+1-th of any.
-    rank = torch.empty_like(targets)
-    for label in range(int(targets.max()) + 1):
-        where = targets == label
-        rank[where] = torch.arange(int(where.sum()))
-    return order[torch.argsort(rank, stable=True)[:samples]].sort().values
-
-
-def _taken(splits: Splits, samples: int | None, seed: int) -> Split:
-    """The part of the training split to learn from."""
-    rows = _subset(splits, samples, seed)
-    return splits.train if rows is None else splits.train.subset(rows)
-
-
 def _train(
     stage: Train | Distil,
     student: Normalised,
@@ -363,41 +256,13 @@ def _train(
     from safetensors.torch import save_file
 
     from kd.compress.measure import cost
-    from kd.models import load, save, weights_digest
+    from kd.models import save, weights_digest
     from kd.training.callbacks import Pruning
     from kd.training.loggers import loggers, summarise
-    from kd.training.module import Distiller
-    from kd.training.optimisers import configure
-    from kd.training.seeds import seed_all
     from kd.training.trainer import device_of, train
 
-    fit, data = Fit(**stage.fit), stage.data
-    seed_all(stage.seed, "objective")
-    objective = build_objective(stage.objective, room)
-    train_split = room.once(
-        ("samples", id(splits), fit.samples, stage.seed), lambda: _taken(splits, fit.samples, stage.seed)
-    )
-    labels, teacher = None, None
-    if "labels" in inputs:
-        labels = room.once(
-            ("labels", inputs["labels"].key, id(train_split)),
-            lambda: _stored(inputs["labels"], train_split, len(splits.classes)),
-        )
-        # On the CPU still: ranks are forked later, and a process that has touched CUDA cannot be forked.
-        two = labels.at(0, torch.arange(2, device=labels.device))
-        bind(objective, student, None, data, {name: value.cpu() for name, value in two.items()}, len(train_split))
-    else:
-        teacher = load(inputs["teacher"].path) if "teacher" in inputs else None
-        bind(objective, student, teacher, data, samples=len(train_split))
-    steps = len(train_split) // fit.batch_size if fit.drop_last else -(-len(train_split) // fit.batch_size)
-    module = Distiller(
-        student,
-        objective,
-        configure(fit, steps),
-        teacher,
-        stored=labels is not None,
-        channels_last=fit.channels_last,
-    )
+    made, data = assemble(stage, student, inputs, splits, room), stage.data
+    module = made.module
     with loggers(
         room.run,
         key=room.key,
@@ -409,15 +274,15 @@ def _train(
     ) as sinks:
         trace = train(
             module,
-            (train_split, splits.validation),
-            fit,
+            (made.split, splits.validation),
+            made.fit,
             room.run,
             seed=stage.seed,
             size=int(data["size"]),
             augment=data["augment"],
-            views=getattr(stage, "views", None),
-            view_seed=getattr(stage, "view_seed", None),
-            labels=labels,
+            views=made.views,
+            view_seed=made.view_seed,
+            labels=made.labels,
             turns=None if room.company is None else room.company.turns,
             work=room.work,
             tell=room.tell,
@@ -427,20 +292,13 @@ def _train(
         # Shipped in float32, whatever it was trained in: what reads it builds float32 networks.
         student = module.student.float().to(device_of(room.run))
         student = student.to(memory_format=torch.contiguous_format)
-        metrics, chosen = _evaluate(student, _peer(inputs, teacher, data), splits, data, room)
+        metrics, chosen = evaluated(student, peer_of(inputs, made.teacher, data), splits, data, room)
         content = data_print(data, room)
         student = student.cpu().eval()
         shape = (int(data["channels"]), int(data["size"]), int(data["size"]))
         costs = cost(student, shape, latency=room.run.latency)
         summarise(sinks, {**metrics, **{f"cost/{name}": value for name, value in costs.items()}}, trace.steps)
-    spec = {
-        "model": {k: v for k, v in model.items() if k != "_target_"} | {"pretrained": False},
-        "num_classes": len(splits.classes),
-        "in_chans": int(data["channels"]),
-        "size": int(data["size"]),
-        "classes": list(splits.classes),
-    }
-    save(student, spec, out)
+    save(student, _recipe(model, data, splits), out)
     if isinstance(stage, Train):  # what a student's agreement is judged by, so that none has to ask its teacher again
         save_file({"test": chosen}, out / CHOSEN)
     # Copied: after a kill between here and the store, the next attempt finds it where the checkpoint is.
@@ -455,60 +313,12 @@ def _train(
     }
 
 
-def _stored(artifact: Artifact, split: Split, classes: int) -> StoredLabels:
-    """The labels in an artifact, for the samples of a split."""
-    from kd.data.labels import StoredLabels
-
-    views = artifact.card["document"]["config"].get("views")
-    return StoredLabels.open(artifact.path, split.ids.cpu(), classes, views)
-
-
-def _peer(inputs: Mapping[str, Artifact], teacher: Normalised | None, data: Config) -> Normalised | torch.Tensor | None:
-    """What stands for the teacher on test: the classes it chose when it was evaluated, else the network itself."""
-    from safetensors.torch import load_file
-
-    from kd.models import load
-
-    if "teacher" not in inputs:
-        return None
-    theirs, mine = (
-        {name: value for name, value in found.items() if name != "augment"}
-        for found in (inputs["teacher"].card["document"]["config"]["data"], data)
-    )
-    if CHOSEN in inputs["teacher"].card["files"] and canonical(theirs) == canonical(mine):
-        return load_file(inputs["teacher"].file(CHOSEN))["test"]
-    return teacher if teacher is not None else load(inputs["teacher"].path)
-
-
-def _evaluate(
-    student: Normalised, peer: Normalised | torch.Tensor | None, splits: Splits, data: Config, room: Room
-) -> tuple[dict[str, Any], torch.Tensor]:
-    """Metrics of validation and test, with agreement where there is a teacher; and the classes chosen on test."""
-    import torch
-
-    from kd.tasks.image import evaluate
-
-    metrics: dict[str, Any] = {}
-    for name, split in (("val", splits.validation), ("test", splits.test)):
-        logits = logits_of(student, split, data, room)
-        other = peer if name == "test" else None
-        if other is not None and not isinstance(other, torch.Tensor):
-            other = logits_of(other, split, data, room)
-        metrics |= {f"{name}/{k}": v for k, v in evaluate(logits, split.targets.cpu(), other).items()}
-    return metrics, logits.argmax(dim=1)
-
-
-def logits_of(net: Normalised, split: Any, data: Config, room: Room) -> torch.Tensor:
-    """A network's logits on a whole split, in its order, on the CPU."""
-    import torch
-
-    from kd.training.trainer import device_of, evaluation_loader
-
-    net = net.to(device_of(room.run)).eval()
-    found = []
-    loader = evaluation_loader(split, int(data["size"]), room.run)
-    with torch.no_grad():
-        for i, batch in enumerate(loader):
-            found.append(net(batch["image"]).float().cpu())
-            room.tell({"event": "pass", "step": i + 1, "total": len(loader)})
-    return torch.cat(found)
+def _recipe(model: Config, data: Config, splits: Splits) -> dict[str, Any]:
+    """What the student is built from again, and the names of its classes in the order of its logits."""
+    return {
+        "model": {k: v for k, v in model.items() if k != "_target_"} | {"pretrained": False},
+        "num_classes": len(splits.classes),
+        "in_chans": int(data["channels"]),
+        "size": int(data["size"]),
+        "classes": list(splits.classes),
+    }

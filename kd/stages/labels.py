@@ -156,7 +156,8 @@ class SoftLabels:
 
         check_compiler("labels.compile", self.compile, room.run)
         if self.features:
-            from kd.stages.image import Train, build
+            from kd.stages.building import build
+            from kd.stages.image import Train
             from kd.training.trainer import blank
 
             teacher = inputs["teacher"]
@@ -189,7 +190,7 @@ class SoftLabels:
 
     def run(self, inputs: Mapping[str, Artifact], out: Path, room: Room) -> dict[str, Any]:
         """The teacher's pass over the training split."""
-        from kd.stages.image import data_print, load_data
+        from kd.stages.splits import data_print, load_data
         from kd.training.loggers import loggers, summarise
 
         splits = load_data(self.data, room)
@@ -207,7 +208,7 @@ class SoftLabels:
         from safetensors.torch import save_file
 
         from kd.models import load
-        from kd.stages.image import logits_of
+        from kd.stages.evaluation import logits_of
 
         logits = logits_of(load(teacher.path), splits.train, self.data, room)
         save_file({"ids": splits.train.ids.cpu(), "logits": logits.contiguous()}, out / files.INDEX)

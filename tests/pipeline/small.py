@@ -49,7 +49,7 @@ def kill_at(moment: str, at: int, one: Plan, run: Run, tell: Any) -> None:
         "after the epoch's record": (Recorder, "on_train_epoch_end"),
         "validation": (Distiller, "validation_step"),
         "the first checkpoint's writing": (Checkpoint, "write"),
-        "evaluation": (image, "_evaluate"),
+        "evaluation": (image, "evaluated"),
         "storing": (Store, "put"),
     }
     owner, name = where[moment]

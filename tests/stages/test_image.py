@@ -1,56 +1,18 @@
-"""The image stages: own folders of images, subsets, data that changes, what is refused before training."""
+"""The image stages: own folders of images, what is refused before training, kills."""
 
 from __future__ import annotations
 
-import shutil
-
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
-import kd.data.cache
-import kd.training.trainer
-from kd.errors import InputError, KDError
-from kd.models import load
+from kd.errors import InputError
 from kd.pipeline.execute import check, execute
 from kd.pipeline.jobs import call
-from kd.stages import Room, SoftLabels, Train
-from kd.stages.image import _subset, load_data
+from kd.stages import SoftLabels, Train
 from kd.store import Store
 from tests.pipeline.small import kill_at, made, planned
-
-FOLDER = (
-    "data=imagefolder", "teacher.name=seed_cnn_small", "fit.samples=null", "teacher_fit.samples=null",
-    "fit.batch_size=8", "teacher_fit.batch_size=8", "run.memory_gb=0", "run.workers=0",
-)  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    """Forty images in two classes, PNG and JPEG, of several sizes; the classes can be told apart."""
-    folder = tmp_path_factory.mktemp("images")
-    generator = np.random.default_rng(0)
-    for part, count in (("train", 12), ("val", 8)):
-        for label, level in (("dark", 60), ("light", 190)):
-            (folder / part / label).mkdir(parents=True)
-            for i in range(count):
-                shape = (int(generator.integers(9, 13)), int(generator.integers(9, 13)), 3)
-                pixels = np.clip(generator.normal(level, 40, shape), 0, 255).astype(np.uint8)
-                Image.fromarray(pixels).save(folder / part / label / f"{i}.{'jpg' if i % 2 else 'png'}")
-    return folder
-
-
-@pytest.fixture
-def own(images, tmp_path):
-    """A copy that a test may spoil."""
-    shutil.copytree(images, tmp_path / "images")
-    return tmp_path / "images"
-
-
-def bits(card):
-    return card["weights"], card["metrics"], card["trace"]
+from tests.stages.folder import FOLDER, bits
 
 
 @pytest.mark.parametrize("augment", ["resized_crop_flip", "none"])
@@ -63,115 +25,6 @@ def test_a_folder_of_images_gives_the_same_bits_with_any_workers_and_from_memory
     )
     for name, more in (("2", ["run.workers=2"]), ("memory", ["run.memory_gb=1"])):
         assert bits(made(tmp_path / name, *words, *more)[1]) == bits(first)
-
-
-def test_files_are_read_for_their_digest_once(images, tmp_path, monkeypatch):
-    words = (*FOLDER, f"data.folder={images}")
-    planned(tmp_path, *words)
-    read = []
-    monkeypatch.setattr(kd.data.cache, "_sha256", lambda path: read.append(path))
-    made(tmp_path, *words)
-    assert read == []
-
-
-def spoiling(file, stage, moment):
-    """A listener that empties a data file at a moment of a stage."""
-    now = [None]
-
-    def tell(event):
-        now[0] = event.get("stage", now[0])
-        if now[0] == stage and event["event"] == moment:
-            file.write_bytes(b"")
-
-    return tell
-
-
-def test_data_that_change_while_a_stage_runs_fail_it_and_leave_nothing_to_resume_from(own, tmp_path):
-    words = (*FOLDER, f"data.folder={own}", "data.augment=none", "run.memory_gb=1", "run.checkpoint_seconds=0")
-    straight = made(tmp_path / "straight", *words)[1]
-    store = Store(tmp_path / "store")
-    one, run = planned(store.root, *words)
-    file = own / "train" / "dark" / "1.jpg"
-    content = file.read_bytes()
-    with pytest.raises(KDError, match=r"imagefolder was \w{16} when student began, and changed while it ran .*nothing"):
-        execute(one, store, run, spoiling(file, "student", "step"))
-    assert store.get(one.key) is None and store.get(one.nodes[0].key) is not None
-    assert not list(store.work(one.key).glob("*.ckpt"))
-    with pytest.raises(InputError, match="has changed: its content is"):
-        execute(one, store, run)
-    file.write_bytes(content)
-    assert execute(one, store, run) == ["student"]
-    found = store.get(one.key)
-    assert found is not None and bits(found.card) == bits(straight)
-
-
-def test_data_that_vanish_while_a_stage_runs_fail_it_too(own, tmp_path):
-    words = (*FOLDER, f"data.folder={own}", "pipeline=baseline", "run.memory_gb=1")
-    store = Store(tmp_path / "store")
-    one, run = planned(store.root, *words)
-    gone = []
-    with pytest.raises(KDError, match=r"changed while it ran \(imagefolder: no train/"):
-        execute(one, store, run, lambda e: gone or e["event"] != "step" or gone.append(shutil.rmtree(own)))
-    assert store.get(one.key) is None
-
-
-def test_labels_of_data_that_changed_are_not_stored(own, tmp_path):
-    words = (*FOLDER, f"data.folder={own}", "data.augment=none", "run.memory_gb=1")
-    store = Store(tmp_path / "store")
-    one, run = planned(store.root, *words)
-    file = own / "val" / "dark" / "0.png"
-    with pytest.raises(KDError, match="when labels began"):
-        execute(one, store, run, spoiling(file, "labels", "pass"))
-    assert [node.name for node in one.nodes if store.get(node.key)] == ["teacher"]
-
-
-def test_a_subset_is_balanced_and_drawn_by_the_seed(tmp_path):
-    one, run = planned(tmp_path)
-    splits = load_data(one.nodes[0].config["data"], Room(run, tmp_path))
-    rows = _subset(splits, 256, 0)
-    assert rows is not None and len(rows) == len(rows.unique()) == 256
-    counts = splits.train.targets[rows].bincount(minlength=10)
-    assert counts.min() >= 25 and counts.max() <= 26
-    again, other = _subset(splits, 256, 0), _subset(splits, 256, 1)
-    assert again is not None and other is not None and rows.equal(again) and not rows.equal(other)
-    assert rows.equal(rows.sort().values)
-    assert _subset(splits, None, 0) is _subset(splits, len(splits.train), 0) is None
-
-
-def test_stored_labels_follow_the_rows_of_the_subset(tmp_path, monkeypatch):
-    inner, seen = kd.training.trainer.train, []
-
-    def spy(module, data, *arguments, **keywords):
-        seen.append((keywords["labels"], data[0]))
-        return inner(module, data, *arguments, **keywords)
-
-    monkeypatch.setattr(kd.training.trainer, "train", spy)
-    made(tmp_path, "fit.samples=100", "fit.batch_size=50")
-    (none, _), (labels, split) = seen
-    assert none is None and len(split) == 100
-    one, _ = planned(tmp_path, "fit.samples=100", "fit.batch_size=50")
-    artifact = Store(tmp_path).get(one.nodes[0].key)
-    assert artifact is not None
-    with torch.no_grad():
-        live = load(artifact.path)(split.images / 255)
-    torch.testing.assert_close(labels.at(0, torch.arange(100))["teacher.logits"], live)
-
-
-def test_labels_of_other_samples_are_refused(tmp_path):
-    made(tmp_path)
-    one, run = planned(tmp_path, "temperature=2")
-    labels = Store(tmp_path).folder(one.nodes[1].key) / "labels.safetensors"
-    stored = load_file(labels)
-    other, _ = planned(tmp_path, "data.split_seed=1", "temperature=2")
-    execute(other, Store(tmp_path), run)
-    moved = load_file(Store(tmp_path).folder(other.nodes[1].key) / "labels.safetensors")
-    assert not stored["ids"].equal(moved["ids"])
-    teacher, wrong = (Store(tmp_path).get(key) for key in (one.nodes[0].key, other.nodes[1].key))
-    assert teacher is not None and wrong is not None
-    from kd.pipeline.execute import build
-
-    with pytest.raises(KDError, match="belong to other samples"):
-        build(one.nodes[2].document).run({"teacher": teacher, "labels": wrong}, tmp_path / "out", Room(run, tmp_path))
 
 
 @pytest.mark.parametrize(
