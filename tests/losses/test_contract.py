@@ -19,6 +19,7 @@ from kd.errors import InputError
 from kd.losses.across import ReviewKD, SemCKD
 from kd.losses.boundary import AB, OFD
 from kd.losses.contrastive import CRD, InfoNCE
+from kd.losses.ensemble import ByConfidence, ByCrossEntropy, Each, Gate, MeanLogits, MeanProbabilities, RandomChoice
 from kd.losses.feature import MGD, VID, Hint
 from kd.losses.flow import FSP, KDSVD
 from kd.losses.logits import CrossEntropy, LogitMSE, SoftTargetCrossEntropy, SoftTargetKL, Standardised
@@ -44,11 +45,13 @@ Shapes = list[tuple[int, ...]]
 class Step(nn.Module):
     """A loss as a step of training calls it: the generator set before it, its layers in lists."""
 
-    def __init__(self, loss: nn.Module, layers: tuple[Shapes, Shapes] | None) -> None:
+    def __init__(self, loss: nn.Module, layers: tuple[Shapes, Shapes] | None, teachers: int | None = None) -> None:
         super().__init__()
-        self.loss, self.layers = loss, layers
+        self.loss, self.layers, self.teachers = loss, layers, teachers
 
     def forward(self, **views: Any) -> Tensor:
+        if self.teachers:
+            views["teacher"] = views["teacher"].tensor_split(self.teachers, dim=1)
         for side, shapes in zip(("student", "teacher"), self.layers or (), strict=False):
             parts = views[side].split([math.prod(shape[1:]) for shape in shapes], dim=1)
             views[side] = [p.unflatten(1, shape[1:]) for p, shape in zip(parts, shapes, strict=True)]
@@ -79,14 +82,16 @@ class Case:
     constants: bool = False  # it has weights made of the student, which its gradient takes as they are
     layers: tuple[Shapes, Shapes] | None = None  # it takes lists: the tensors are these shapes, side by side
     row: bool = False  # it is given each sample's row in a split of 20
+    teachers: int | None = None  # it takes a list of as many teachers' logits: the tensor is these, side by side
 
     def loss(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         torch.manual_seed(0)
         loss = self.make()
         if hasattr(loss, "bind"):
-            given = self.layers or (self.student, self.teacher, self.feature)
+            teachers: Any = self.teachers and [self.student] * self.teachers
+            given = self.layers or (self.student, teachers or self.teacher, self.feature)
             loss.bind(*(shape for shape in (*given, (20,) if self.row else None) if shape))
-        return Step(loss, self.layers).to(dtype)
+        return Step(loss, self.layers, self.teachers).to(dtype)
 
     def views(self, dtype: torch.dtype = torch.float32) -> Views:
         generator = torch.Generator().manual_seed(1)
@@ -109,6 +114,7 @@ class Case:
 MAPS = (8, 3, 4, 4)
 DEEP: Shapes = [(8, 3, 4, 4), (8, 4, 3, 3)]
 WIDE: Shapes = [(8, 5, 4, 4), (8, 6, 2, 2)]
+THREE: dict[str, Any] = {"teacher": (8, 15), "teachers": 3}
 TOKENS: dict[str, Any] = {"student": (4, 3, 5), "teacher": (4, 3, 5), "target": True}
 LOSSES = [
     Case("ce", CrossEntropy, teacher=None, target=True),
@@ -181,6 +187,17 @@ LOSSES = [
     Case("semckd", lambda: SemCKD(batch=9), **listed(DEEP, [(8, 5, 2, 2)])),
     Case("infonce", lambda: InfoNCE(0.5), flat=True),
     Case("infonce embedded", lambda: Embedded(InfoNCE(0.5), 4), (8, 3), (8, 6), flat=True),
+    Case("mean_logits", lambda: MeanLogits(SoftTargetKL(4.0)), **THREE),
+    Case("mean_logits of labels too", lambda: MeanLogits(DKD()), target=True, **THREE),
+    Case("mean_probabilities", lambda: MeanProbabilities(SoftTargetKL(4.0)), **THREE),
+    Case("mean_probabilities by weights", lambda: MeanProbabilities(DIST(), [3, 1, 2], 2.0), **THREE),
+    Case("confidence", lambda: ByConfidence(SoftTargetKL(4.0)), **THREE),
+    Case("cross_entropy", lambda: ByCrossEntropy(SoftTargetKL(4.0)), target=True, **THREE),
+    Case("gate", lambda: Gate(SoftTargetKL(4.0)), constants=True, **THREE),
+    Case("gate of maps", lambda: Gate(NKD()), target=True, feature=(8, 3, 4, 4), **THREE),
+    Case("random", lambda: RandomChoice(SoftTargetKL(4.0)), **THREE),
+    Case("each", lambda: Each(DKD()), target=True, **THREE),
+    Case("each with a dropped one", lambda: Each(LearnedTemperatureKL(end=1.0), "sum", drop=1), **THREE),
     Case("crd", lambda: CRD(4, 16, 0.5).eval(), (8, 5), (8, 6), target=True, row=True, flat=True, constants=True),
 ]
 each = pytest.mark.parametrize("case", LOSSES, ids=lambda case: case.name)
