@@ -17,6 +17,7 @@ from kd.pipeline import jobs as children
 from kd.report.figures import heatmap
 from kd.report.markdown import update_markdown
 from kd.report.page import write_page
+from kd.report.published import judged
 from kd.report.rows import DISTILLED, Card, collect, over_seeds, related
 from kd.report.tables import markdown as markdown_table
 from kd.report.tables import values
@@ -89,7 +90,7 @@ def report(what: list[str], out: Path | None, markdown: Path | None, store_dir: 
         return [json.dumps({"title": title, "sweep": sweep, "rows": rows}, indent=1, default=str)]
     lines = []
     if markdown is not None:
-        rows = over_seeds(collect(related(cards, lookup), lookup))
+        rows = judged(over_seeds(collect(related(cards, lookup), lookup)))
         changed = update_markdown(markdown, markdown.stem, markdown_table(rows))
         lines.append(f"{markdown} {'written' if changed else 'already says so'}")
     if out is not None or markdown is None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
 
+from kd.report.published import judged
 from kd.report.rows import (
     ACCURACY,
     ALONE,
@@ -83,7 +84,7 @@ def write_html(out: Path, title: str, body: str, figures: Mapping[str, Figure]) 
 
 
 def _body(cards: Sequence[Card], rows: list[Row], figures: dict[str, Figure], sweep: Mapping[str, Any] | None) -> str:
-    groups = over_seeds(rows)
+    groups = judged(over_seeds(rows))
     parts = [_summary(rows, groups, sweep)]
     if not rows:
         parts.append('<section class="card"><p>No finished runs.</p></section>')

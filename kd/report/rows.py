@@ -27,6 +27,7 @@ MEASURED = ("gain", "latency_ms_batch1", "latency_ms_batch64", "wall_s")
 # What a row is compared with, measured on another run: one teacher for all seeds has no spread.
 REFERENCES = ("teacher/accuracy", "alone/accuracy")
 # Settings with a column of their own.
+_NAMED = ("model", "data", "teacher", "loss", "epochs", "samples")
 _OWN = {"config.seed", "config.fit.epochs", "config.fit.samples", "config.model.name", "config.data.name"}
 
 
@@ -148,7 +149,7 @@ def varying_settings(rows: Sequence[Row], roles: Iterable[str] = (TEACHER, ALONE
         dials = [c for c in dial_names(members) if c != "seed"]
         for column in dict.fromkeys(column for row in members for column in row):
             leaf = column.startswith("config.")  # there, null is a value; elsewhere it means "has none"
-            if column in _OWN or not (leaf or column in ("model", "data", "epochs", "samples", *dials)):
+            if column in _OWN or not (leaf or column in (*_NAMED, *dials)):
                 continue
             values = {same(row[column]) for row in members if column in row and (leaf or row[column] is not None)}
             if len(values) > 1 and not (leaf and _follows(column, members, dials)):
@@ -218,6 +219,8 @@ def _row(card: Card, known: Mapping[str, Card], teachers: set[str], alone: Mappi
     deaf = ("temperature", "alpha") if _is(card, "Train") else ()
     dials = {name: value for name, value in (card.get("dials") or {}).items() if name not in deaf}
     row: Row = {"role": _role(card, teachers), "model": model.get("name"), "data": config.get("data", {}).get("name")}
+    if _is(card, "Distil"):
+        row |= {"teacher": _model(teacher).get("name") if teacher else None, "loss": _loss(config.get("objective", {}))}
     row |= {name: value for name, value in dials.items() if name not in ("seed", *row)}
     row |= {"epochs": fit.get("epochs"), "samples": fit.get("samples") or "all", "seed": config.get("seed")}
     row |= {name: value for name, value in metrics.items() if "/" in name and isinstance(value, (int, float))}
@@ -235,6 +238,11 @@ def _row(card: Card, known: Mapping[str, Card], teachers: set[str], alone: Mappi
     # A student's config is named as a teacher's is, so that both stand in one column.
     leaves = {("model" if name == "student" else name): value for name, value in config.items()}
     return row | dict(_leaves(leaves, "config"))
+
+
+def _loss(terms: Mapping[str, Any]) -> str | None:
+    """The terms that were heard, by name."""
+    return "+".join(sorted(name for name, term in terms.items() if float(term.get("weight", 1)) != 0)) or None
 
 
 def _role(card: Card, teachers: set[str]) -> str:
@@ -284,8 +292,11 @@ def _distinct(values: Iterable[Any]) -> list[Any]:
 
 def _follows(column: str, rows: Sequence[Row], dials: Sequence[str]) -> bool:
     owner = column.split(".")[1]
-    if owner in ("model", "data"):
+    owner = {"objective": "loss"}.get(owner, owner)
+    if owner in ("model", "data", "loss"):
         pairs = {(same(row.get(owner)), same(row[column])) for row in rows if column in row}
+        if owner == "loss" and len(pairs) != len({name for name, _ in pairs}):
+            return any(all(_is_dial(row.get(column), row.get(dial)) for row in rows) for dial in dials)
         return len(pairs) == len({name for name, _ in pairs})
     return any(all(_is_dial(row.get(column), row.get(dial)) for row in rows) for dial in dials)
 

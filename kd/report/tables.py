@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 METRICS = ("test/accuracy", "test/precision", "test/recall", "test/f1")
 # Shown as a column even where every row holds the same value: they are what the table is read for.
-KEPT = (*METRICS, "gain", "hash")
+KEPT = (*METRICS, "published", "verdict", "gain", "hash")
 TITLES = {
     "test/accuracy": "accuracy %",
     "test/accuracy_top5": "top-5 %",
@@ -29,6 +29,7 @@ TITLES = {
     "teacher/accuracy": "teacher %",
     "alone/accuracy": "alone %",
     "gain": "gain (points)",
+    "published": "published %",
     "compression": "smaller",
     "macs": "MACs",
     "latency_ms_batch1": "ms (batch 1)",
@@ -39,6 +40,7 @@ TITLES = {
 # What a narrow terminal does without, first to go first.
 _SPARE: tuple[str, ...] = ("latency_ms_batch64", "latency_ms_batch1", "macs", "bytes", "test/recall", "test/precision")
 _SPARE += ("parameters", "test/f1", "n", "seed")
+_TOLD = ("teacher", "loss")  # said where they tell rows apart
 _WHOLE = ("role", "hash")
 _SHARES = ("accuracy", "accuracy_top5", "precision", "recall", "f1", "agreement")
 _COUNTS = ("parameters", "macs", "bytes", "samples", "step")
@@ -79,7 +81,7 @@ def cell(column: str, value: Any) -> str:
 def _figure(column: str, amount: float) -> str:
     if column == "gain":
         return f"{100 * amount:+.2f}"
-    if _is_share(column):
+    if _is_share(column) or column == "published":
         return f"{100 * amount:.2f}"
     if column == "compression":
         return f"{amount:.1f}x"
@@ -104,8 +106,17 @@ def layout(rows: Sequence[Row], metrics: Sequence[str] = METRICS) -> tuple[list[
     leaves = [column for column in varying_settings(rows) if column.startswith("config.")]
     # A group says over how many seeds it is, a run which one it had.
     seeds = "n" if any(row.get("n") is not None for row in rows) else "seed"
-    order = ["role", "model", "data", *dials, "epochs", "samples", *leaves, seeds]
-    order += [*(m for m in metrics if m in METRICS), "gain", "teacher/accuracy", *metrics, "parameters", "compression"]
+    order = ["role", "model", "data", "teacher", "loss", *dials, "epochs", "samples", *leaves, seeds]
+    order += [
+        *(m for m in metrics if m in METRICS),
+        "published",
+        "verdict",
+        "gain",
+        "teacher/accuracy",
+        *metrics,
+        "parameters",
+        "compression",
+    ]
     order += ["macs", "bytes", "latency_ms_batch1", "latency_ms_batch64", "hash"]
     columns: list[str] = []
     constants: dict[str, Any] = {}
@@ -116,7 +127,7 @@ def layout(rows: Sequence[Row], metrics: Sequence[str] = METRICS) -> tuple[list[
         kept = column in KEPT or column in leaves or len(rows) == 1
         if kept or len({_compare(column, value) for value in values}) > 1:
             columns.append(column)
-        else:
+        elif column not in _TOLD:
             constants[column] = values[0]
     return columns, constants
 
