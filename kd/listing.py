@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kd.config import conf_dir
 from kd.errors import InputError, nearest
+
+if TYPE_CHECKING:
+    from kd.models import Outline
 
 GROUPS = ("loss", "data", "fit", "pipeline", "run", "experiments")
 KINDS = (*GROUPS, "model", "stage", "layers")
@@ -133,7 +136,7 @@ def _ours() -> list[str]:
 def _layers(name: str | None) -> list[dict[str, Any]]:
     from timm.models import get_pretrained_cfg
 
-    from kd.models import create, layers
+    from kd.models import create, layers, outline
 
     if name is None:
         raise InputError("name a network, e.g. kd list layers resnet18")
@@ -147,7 +150,30 @@ def _layers(name: str | None) -> list[dict[str, Any]]:
         except InputError as error:
             first = first or error
             continue
-        found = [("(image)", "", (1, channels, size, size)), *layers(net, (channels, size, size))]
-        return [{"path": p, "layer": kind, "shape": "x".join(map(str, shape[1:]))} for p, kind, shape in found]
+        image = channels, size, size
+        parts = _parts(outline(net, image))
+        found = [("(image)", "", (1, *image)), *layers(net, image)]
+        return [
+            {"path": p, "layer": kind, "shape": "x".join(map(str, shape[1:])), "part": ", ".join(parts.get(p, ()))}
+            for p, kind, shape in found
+        ]
     assert first is not None
     raise first
+
+
+def _parts(found: Outline) -> dict[str, list[str]]:
+    """What each layer is in the outline of its network, by its path; `(input)` where the layer's input is meant."""
+    from kd import names
+
+    rows: dict[str, list[str]] = {}
+    if found.classifier is not None:
+        rows[found.classifier] = ["classifier"]
+    for part, paths in found.parts().items():
+        if part in (*names.SEVERAL, "middle", "last", "classes"):
+            continue
+        for path in paths:
+            if part.startswith("preactivation") and path in found.stages:
+                continue  # where a stage ends without an activation
+            reads = " (input)" if names.suffix(path).startswith(names.INPUT) else ""
+            rows.setdefault(names.layer(path), []).append(f"{part}{reads}")
+    return rows

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # raises errors; the command line stands on what its commands do, and that on composed configs. "" is kd/__init__.py.
 LADDER: tuple[tuple[str, ...], ...] = (
     ("",),
-    ("errors",),
+    ("errors", "names"),
     ("store",),
     ("losses", "compress", "instantiate"),
     ("objective", "models", "data", "tasks"),
@@ -29,7 +29,8 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("__main__",),
 )
 RUNG = {place: height for height, places in enumerate(LADDER) for place in places}
-STANDARD_LIBRARY_ONLY = ("", "errors", "store")  # planning and listing read these, and they outlive any dependency
+# Planning and listing read these, and they outlive any dependency.
+STANDARD_LIBRARY_ONLY = ("", "errors", "names", "store")
 ONLY_HOME = {"lightning": "training", "pytorch_lightning": "training", "wandb": "training"}
 
 

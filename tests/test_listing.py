@@ -80,12 +80,25 @@ def test_every_stage_is_listed_with_its_version():
 
 def test_the_layers_of_a_network_are_listed_by_the_path_a_term_reads():
     rows = listing("layers", "seed_cnn_small")
-    assert rows[0] == {"path": "(image)", "layer": "", "shape": "1x28x28"}
-    assert {"path": "conv3", "layer": "Sequential", "shape": "16x3x3"} in rows
-    small = listing("layers", "cifar_resnet8")
-    assert small[0]["shape"] == "3x32x32" and {"path": "layer3", "layer": "Sequential", "shape": "64x8x8"} in small
-    colour = listing("layers", "mobilenetv3_small_050")
-    assert colour[0]["shape"] == "3x224x224" and {"path": "classifier", "layer": "Linear", "shape": "10"} in colour
+    assert rows[0] == {"path": "(image)", "layer": "", "shape": "1x28x28", "part": ""}
+    assert {"path": "conv3", "layer": "Sequential", "shape": "16x3x3", "part": "stage3"} in rows
+    small = {row["path"]: row for row in listing("layers", "cifar_resnet8")}
+    assert small["(image)"]["shape"] == "3x32x32" and small["layer3"]["shape"] == "64x8x8"
+    colour = {row["path"]: row for row in listing("layers", "mobilenetv3_small_050")}
+    assert colour["(image)"]["shape"] == "3x224x224" and colour["classifier"]["shape"] == "10"
+
+
+def test_the_layers_that_are_parts_say_which():
+    parts = {row["path"]: row["part"] for row in listing("layers", "resnet18") if row["part"]}
+    assert parts == {
+        **{f"layer{n}": f"stage{n}" for n in (1, 2, 3, 4)},
+        **{f"layer{n}.1.act2": f"preactivation{n} (input)" for n in (1, 2, 3, 4)},
+        "fc": "classifier, embedding (input)",
+    }
+    tokens = {row["path"]: row["part"] for row in listing("layers", "vit_tiny_patch16_224") if row["part"]}
+    assert tokens == {f"blocks.{3 * n - 1}": f"stage{n}" for n in (1, 2, 3, 4)} | {
+        "head": "classifier, embedding (input)"
+    }
 
 
 def test_a_network_that_is_none_is_refused_with_the_nearest_name():

@@ -1,17 +1,21 @@
 """Nets: built by name, normalised, frozen, tapped, stored."""
 
-from kd.models.build import Normalised, create, preprocessing
+from kd.models.build import Normalised, create, name_stages, preprocessing
 from kd.models.files import load, plain, save, weights_digest
 from kd.models.frozen import Frozen
+from kd.models.outline import Outline, outline
 from kd.models.taps import Taps, layers
 
 __all__ = [
     "Frozen",
     "Normalised",
+    "Outline",
     "Taps",
     "create",
     "layers",
     "load",
+    "name_stages",
+    "outline",
     "plain",
     "preprocessing",
     "save",

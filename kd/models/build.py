@@ -10,9 +10,11 @@ import torch
 from timm.models import get_deprecated_models, get_pretrained_cfg, is_model_pretrained
 from torch import Tensor, nn
 
+from kd import names
 from kd.compress.measure import looking
 from kd.errors import InputError, nearest
 from kd.models import cifar, nets  # noqa: F401  (they register our own with timm)
+from kd.models.outline import STAGES
 
 # What the data or the key decides, and what would bring in weights that no key names.
 RESERVED = {"cache_dir", "checkpoint_path", "exportable", "img_size", "in_chans", "no_jit", "num_classes", "scriptable"}
@@ -28,6 +30,7 @@ def create(
     size: int,
     pretrained: bool = False,
     options: Mapping[str, Any] | None = None,
+    stages: Sequence[str] | None = None,
 ) -> nn.Module:
     """A net by its timm name, or one of ours such as `seed_cnn`, shown to fit the images and classes.
 
@@ -40,6 +43,7 @@ def create(
         size: height and width of the images, px; passed on where the architecture must know it.
         pretrained: fetch published weights through timm; the head is new where the classes differ.
         options: further arguments of the architecture, such as `{"drop_rate": 0.1}`.
+        stages: paths of the layers that its `outline` takes for stages, shallow to deep, in the place of what it finds.
 
     Raises:
         InputError: if there is no such net, weights cannot be had, an option is wrong, or the images do not fit.
@@ -71,9 +75,31 @@ def create(
             ) from error
         raise InputError(f"{name} cannot be built with options {options}: {_line(error)}") from error
     _fits(net, name, num_classes, (in_chans, size, size))
+    if stages is not None:
+        name_stages(net, stages)
     if pretrained and (published := get_pretrained_cfg(name)):
         vars(net)[_OWN] = published.mean, published.std
     return net
+
+
+def name_stages(net: nn.Module, stages: Sequence[str]) -> None:
+    """Leave word in a net of which layers are its stages, for `outline`.
+
+    Args:
+        net: the plain net.
+        stages: paths of layers, shallow to deep.
+
+    Raises:
+        InputError: if they are no list of its layers.
+    """
+    paths = [names.layer(path) for path in stages if isinstance(path, str)] if not isinstance(stages, str) else []
+    if not paths or len(paths) != len(stages):
+        raise InputError(f"stages are {stages!r}; a list of layers was meant, such as [layer2, layer3]")
+    modules = dict(net.named_modules())
+    for path in paths:
+        if not path or path not in modules:
+            raise InputError(f"stages: {path!r} is no layer of {type(net).__name__}{nearest(path, modules)}")
+    vars(net)[STAGES] = tuple(stages)
 
 
 def preprocessing(

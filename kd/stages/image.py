@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kd.errors import InputError
+from kd.names import POOLED
 from kd.stages.assembly import assemble
 from kd.stages.base import Config, Room, Stage
 from kd.stages.building import build, build_objective
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from kd.models import Normalised
     from kd.objective import Objective
 
-POOLED = ":pooled"  # what kd.models.taps calls so; planning does without torch
 FIT_SINCE = {"fit.channels_last": False, "fit.compile": False}
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from kd import names
 from kd.data import labels as files
 from kd.errors import InputError, KDError
 from kd.stages.base import Config, Room, Stage
@@ -184,9 +185,7 @@ class SoftLabels:
             raise InputError(too_small(needed, free, place))
 
     def _paths(self) -> list[str]:
-        from kd.models.taps import POOLED
-
-        return [f"{path.removesuffix(POOLED)}{POOLED}" for path in self.features]
+        return [names.stored(path) for path in self.features]
 
     def run(self, inputs: Mapping[str, Artifact], out: Path, room: Room) -> dict[str, Any]:
         """The teacher's pass over the training split."""

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from kd.errors import InputError
 from kd.models.build import create
 from kd.models.frozen import Frozen
-from kd.models.taps import Taps, layers, pooled
+from kd.models.taps import Layout, Taps, laid, layers, pooled
 
 
 def net() -> nn.Sequential:
@@ -214,3 +214,76 @@ def test_a_path_may_ask_for_the_pooled_output_beside_the_whole() -> None:
     assert found["0"].ndim == 4 and found["0:pooled"].equal(found["0"].mean(dim=(2, 3)))
     with pytest.raises(InputError, match=r"'9' is no layer"):
         Taps(model, ["9:pooled"])
+
+
+def test_a_layers_input_is_read_before_the_layer_works_in_place() -> None:
+    model = net()
+    taps = Taps(model, ["1:input", "3:input:pooled"])
+    model(IMAGES)
+    found = taps.pop()
+    assert found["1:input"].equal(model[0](IMAGES)) and found["1:input"].min() < 0
+    assert found["3:input:pooled"].shape == (2, 144)
+
+
+def test_tokens_are_laid_on_their_grid_without_those_before_them() -> None:
+    model = create("vit_tiny_patch16_224", num_classes=3, in_chans=3, size=32, options={"depth": 1}).eval()
+    taps = Taps(model, ["blocks.0", "blocks.0:maps", "blocks.0:maps:through:norm+head:pooled"])
+    model(torch.rand(2, 3, 32, 32))
+    found = taps.pop()
+    tokens, maps = found["blocks.0"], found["blocks.0:maps"]
+    assert tokens.shape == (2, 5, 192) and maps.shape == (2, 192, 2, 2)
+    assert maps[:, :, 1, 0].equal(tokens[:, 3])
+    expected = model.head(model.norm(tokens[:, 1:])).mean(dim=1)
+    assert_close(found["blocks.0:maps:through:norm+head:pooled"], expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout", "expected"),
+    [
+        ((2, 6, 3), Layout(2, False), (2, 3, 2, 2)),
+        ((2, 4, 3), Layout(1, False), (2, 3, 2, 2)),
+        ((2, 5, 3), Layout(None, False), (2, 3, 2, 2)),
+        ((2, 4, 4, 3), Layout(None, False), (2, 3, 4, 4)),
+        ((2, 3, 4, 4), Layout(None, False), (2, 3, 4, 4)),
+        ((2, 3, 4, 4), Layout(None, True), (2, 3, 4, 4)),
+    ],
+)
+def test_features_are_laid_as_maps(shape: tuple[int, ...], layout: Layout, expected: tuple[int, ...]) -> None:
+    assert laid(torch.zeros(shape), layout).shape == expected
+
+
+def test_where_shapes_do_not_tell_the_channels_the_net_does() -> None:
+    cube = torch.rand(1, 3, 3, 3)
+    assert laid(cube, Layout(None, False)).equal(cube)
+    assert laid(cube, Layout(None, True)).equal(cube.permute(0, 3, 1, 2))
+
+
+def test_tokens_of_no_square_are_refused() -> None:
+    with pytest.raises(InputError, match=r"shape \(2, 7, 3\) cannot be laid on a grid"):
+        laid(torch.zeros(2, 7, 3), Layout(1, False))
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("0:poled", "nothing is called ':poled'; did you mean 'pooled'"),
+        ("0:pooled:input", "':input' must stand right behind the layer"),
+        ("0:through:9", "'9' is no layer"),
+        ("0:through", "'' is no layer"),
+    ],
+)
+def test_what_cannot_be_done_to_a_layer_is_refused(path: str, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        Taps(net(), [path])
+
+
+def test_a_copied_net_goes_through_its_own_layers() -> None:
+    model = create("cifar_resnet8", num_classes=3, in_chans=3, size=8).eval()
+    taps = Taps(model, ["layer3:through:head"])
+    twin, copied = copy.deepcopy((model, taps))
+    with torch.no_grad():
+        twin.head.weight.zero_()
+        twin(torch.rand(2, 3, 8, 8))
+        model(torch.rand(2, 3, 8, 8))
+    assert copied.pop()["layer3:through:head"].abs().max() <= twin.head.bias.abs().max() + 1e-6
+    assert taps.pop()["layer3:through:head"].std() > 0
