@@ -219,7 +219,7 @@ class Gate(nn.Module):
             )
         temperature = _heat(self.temperature, self.loss)
         with checks.exactly(seen):
-            weights = self.scores(seen).log_softmax(dim=1).T
+            weights = F.linear(seen, checks.widened(self.scores.weight)).log_softmax(dim=1).T
         mix = mixed(F.log_softmax(stacked(teachers) / temperature, dim=2), weights, temperature)
         return _against(self.loss, student, mix, others)
 

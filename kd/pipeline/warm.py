@@ -14,6 +14,7 @@ import kd.data.readers
 import kd.losses.across
 import kd.losses.boundary
 import kd.losses.contrastive
+import kd.losses.ensemble
 import kd.losses.feature
 import kd.losses.flow
 import kd.losses.layers

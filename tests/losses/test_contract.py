@@ -194,7 +194,7 @@ LOSSES = [
     Case("confidence", lambda: ByConfidence(SoftTargetKL(4.0)), **THREE),
     Case("cross_entropy", lambda: ByCrossEntropy(SoftTargetKL(4.0)), target=True, **THREE),
     Case("gate", lambda: Gate(SoftTargetKL(4.0)), constants=True, **THREE),
-    Case("gate of maps", lambda: Gate(NKD()), target=True, feature=(8, 3, 4, 4), **THREE),
+    Case("gate of maps", lambda: Gate(NKD()), target=True, feature=(8, 3, 4, 4), constants=True, **THREE),
     Case("random", lambda: RandomChoice(SoftTargetKL(4.0)), **THREE),
     Case("each", lambda: Each(DKD()), target=True, **THREE),
     Case("each with a dropped one", lambda: Each(LearnedTemperatureKL(end=1.0), "sum", drop=1), **THREE),
