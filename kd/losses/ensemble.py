@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -266,8 +266,10 @@ class RandomChoice(nn.Module):
 
     def forward(self, student: Tensor, teacher: Sequence[Tensor | None] | Tensor, **others: Any) -> Tensor:
         """The scalar for logits (N, C) of the student's and a list of the teachers', None for those not drawn."""
-        (chosen,) = _chosen(teacher, self.heard)
-        return _against(self.loss, *checks.pair(student, chosen), others)
+        teachers = [teacher] if isinstance(teacher, Tensor) else list(teacher)
+        _listed(student, [one for one in teachers if one is not None])
+        (index,) = self.heard(len(teachers))
+        return _against(self.loss, student, teachers[index], others)
 
 
 class Each(nn.Module):
@@ -361,11 +363,6 @@ def _listed(student: Tensor, teacher: Teachers) -> list[Tensor]:
     for one in teachers:
         checks.pair(student, one)
     return teachers
-
-
-def _chosen(teacher: Any, heard: Callable[[int], list[int]]) -> list[Tensor]:
-    teachers = [teacher] if isinstance(teacher, Tensor) else list(teacher)
-    return [teachers[index] for index in heard(len(teachers))]
 
 
 def _against(loss: nn.Module, student: Any, teacher: Any, others: dict[str, Any]) -> Tensor:

@@ -197,7 +197,7 @@ LOSSES = [
     Case("gate of maps", lambda: Gate(NKD()), target=True, feature=(8, 3, 4, 4), constants=True, **THREE),
     Case("random", lambda: RandomChoice(SoftTargetKL(4.0)), **THREE),
     Case("each", lambda: Each(DKD()), target=True, **THREE),
-    Case("each with a dropped one", lambda: Each(LearnedTemperatureKL(end=1.0), "sum", drop=1), **THREE),
+    Case("each with a dropped one", lambda: Each(LearnedTemperatureKL(end=1.0), "sum", drop=1), widths=True, **THREE),
     Case("crd", lambda: CRD(4, 16, 0.5).eval(), (8, 5), (8, 6), target=True, row=True, flat=True, constants=True),
 ]
 each = pytest.mark.parametrize("case", LOSSES, ids=lambda case: case.name)
