@@ -308,6 +308,7 @@ def _train(
         "cost": costs,
         "weights": weights_digest(student.net),
         "trace": {"losses": trace.losses, "epochs": trace.epochs, "selected_epoch": trace.selected_epoch},
+        "gradients": trace.gradients,
         "resumed": trace.resumed,
         "fingerprints": {"data": content},
     }
