@@ -25,8 +25,11 @@ from kd.instantiate import check_target, signature_errors, targets
 from kd.pipeline.expand import expand
 from kd.training.settings import Fit, Run, require, typed
 
-ROOT_KEYS = {"teacher", "student", "data", "loss", "fit", "teacher_fit", "labels", "pipeline", "run"}
-LISTS = {"teachers", "assistants", "students"}  # of models, for the pipelines that have several
+STEPS = {"prune", "lowrank", "recover"}  # what a list of compress may name, each a group of its own
+ROOT_KEYS = {"teacher", "student", "data", "loss", "fit", "teacher_fit", "labels", "pipeline", "run", *STEPS}
+# Of models, for the pipelines that have several; and of steps.
+LISTS = {"teachers": "resnet34,resnet18", "assistants": "resnet34,resnet18", "students": "resnet34,resnet18"}
+LISTS |= {"compress": "prune,lowrank"}
 DIALS = {"temperature", "alpha", "seed", "teacher_seed"}
 SEVERAL = {"loss", "run/logger"}  # the groups that take a list of options; any other takes one
 # The only forms an interpolation may take outside run/: a path of names, or one minus it.
@@ -428,11 +431,11 @@ def checked(raw: Mapping[Any, Any], resolve: Callable[[], Any]) -> dict[str, Any
     for key in raw:
         if key == "experiments":
             raise InputError("an experiment's file begins with the line `# @package _global_`; this one does not")
-        if key not in ROOT_KEYS | LISTS | DIALS:
-            raise InputError(f"{key!r} is no part of a config{nearest(str(key), ROOT_KEYS | LISTS | DIALS)}")
+        if key not in ROOT_KEYS | LISTS.keys() | DIALS:
+            raise InputError(f"{key!r} is no part of a config{nearest(str(key), ROOT_KEYS | LISTS.keys() | DIALS)}")
     if not raw.get("loss"):
         raise InputError("loss holds no term; choose some, e.g. loss=[ce,kd] (`kd list loss`)")
-    for key in sorted((ROOT_KEYS | LISTS | DIALS) - set(raw)):
+    for key in sorted((ROOT_KEYS | LISTS.keys() | DIALS) - set(raw)):
         raise InputError(f"the config has no {key!r}; it cannot do without")
     for path, text in _strings({k: v for k, v in raw.items() if k != "run"}):
         _reference(path, text)
@@ -454,7 +457,7 @@ def checked(raw: Mapping[Any, Any], resolve: Callable[[], Any]) -> dict[str, Any
             raise InputError(f"{key}={plain[key]!r} is no mapping; set its fields, e.g. {key}.{_first_field(raw[key])}")
     for key in sorted(LISTS):
         if not isinstance(plain[key], list):
-            raise InputError(f"{key}={plain[key]!r} is no list; write one, e.g. {key}=[resnet34,resnet18]")
+            raise InputError(f"{key}={plain[key]!r} is no list; write one, e.g. {key}=[{LISTS[key]}]")
     _pipeline(plain["pipeline"])
     plain["pipeline"] = {**plain["pipeline"], "stages": expand(plain["pipeline"]["stages"])}
     _dials(plain)

@@ -41,7 +41,8 @@ def choose(option):
     """The word that chooses an option of `conf/`."""
     group, _, name = option.rpartition("/")
     several = group in ("loss", "run/logger")
-    return f"{'model@student' if group == 'model' else group}={f'[{name}]' if several else name}"
+    place = {"model": "model@student", "stage": f"stage@{'recover' if name == 'finetune' else name}"}.get(group, group)
+    return f"{place}={f'[{name}]' if several else name}"
 
 
 def bind(config, seen):

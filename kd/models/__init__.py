@@ -1,7 +1,7 @@
 """Nets: built by name, normalised, frozen, tapped, stored."""
 
 from kd.models.build import Normalised, create, name_stages, preprocessing
-from kd.models.files import load, plain, save, weights_digest
+from kd.models.files import load, plain, recipe_of, save, weights_digest
 from kd.models.frozen import Frozen
 from kd.models.outline import Outline, outline
 from kd.models.taps import Taps, layers
@@ -18,6 +18,7 @@ __all__ = [
     "outline",
     "plain",
     "preprocessing",
+    "recipe_of",
     "save",
     "weights_digest",
 ]

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from kd.compress.structure import rebuild
 from kd.errors import KDError
 from kd.models.build import Normalised, create
 from kd.models.frozen import Frozen
@@ -38,6 +39,7 @@ def save(net: nn.Module, spec: Mapping[str, Any], folder: Path) -> None:
     Args:
         net: a `Normalised`, whose mean and std are written with it, or a plain net if `spec` holds both.
         spec: `{"model": {"name", "options"}, "num_classes", "in_chans", "size"}`, plain data; further entries stay.
+            `structure` is what compression made of that model (`kd.compress.structure`); without, it is as built.
         folder: made if it is not there.
 
     Raises:
@@ -72,12 +74,11 @@ def load(folder: Path) -> Normalised:
         KDError: if files are missing, damaged, or not of one another.
     """
     folder = Path(folder)
+    recipe = recipe_of(folder)
     try:
-        recipe = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
         stored = load_file(folder / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
         raise KDError(f"no net can be read from {folder}: {str(error).splitlines()[0]}") from error
-    _checked(recipe, str(folder / RECIPE))
     model = recipe["model"]
     with torch.random.fork_rng(devices=[]):  # weights are drawn only to be replaced
         net = create(
@@ -87,6 +88,7 @@ def load(folder: Path) -> Normalised:
             size=recipe["size"],
             options=model["options"],
         )
+        rebuild(net, recipe.get("structure", []))
     expected, found = _layout(net.state_dict()), _layout(stored)
     if wrong := sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):
         raise KDError(
@@ -96,6 +98,21 @@ def load(folder: Path) -> Normalised:
         )
     net.load_state_dict(stored, strict=True)
     return Normalised(net, recipe["mean"], recipe["std"]).eval()
+
+
+def recipe_of(folder: Path) -> dict[str, Any]:
+    """What the net in a folder is built from: the `spec` that `save` was given, with mean and std.
+
+    Raises:
+        KDError: if it is missing, damaged, or no recipe.
+    """
+    try:
+        recipe = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise KDError(f"no net can be read from {folder}: {str(error).splitlines()[0]}") from error
+    _checked(recipe, str(folder / RECIPE))
+    found: dict[str, Any] = recipe
+    return found
 
 
 def weights_digest(net: nn.Module) -> str:
@@ -123,6 +140,8 @@ def _checked(recipe: Any, where: str) -> None:
     model = recipe["model"]
     if not isinstance(model.get("name"), str) or not isinstance(model.get("options"), dict):
         raise KDError(f"{where} is no recipe of a net: 'model' needs a 'name' and 'options'")
+    if not isinstance(recipe.get("structure", []), list):
+        raise KDError(f"{where} is no recipe of a net: 'structure' must be a list of changes")
     if not all(type(value) in (int, float) for value in recipe["mean"] + recipe["std"]):
         raise KDError(f"{where} is no recipe of a net: 'mean' and 'std' must be numbers")
 

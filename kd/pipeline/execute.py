@@ -44,6 +44,7 @@ def check(plans: list[Plan], store: Store, run: Run) -> None:
 
     company = Company(Turns())
     seen: set[str] = set()
+    planned: dict[int, Any] = {}
     for plan in plans:
         stages: dict[str, Any] = {}
         for node in plan.nodes:
@@ -51,10 +52,14 @@ def check(plans: list[Plan], store: Store, run: Run) -> None:
             stages[node.key] = artifact or build(node.document, run.trusted)
             # What a stage builds depends on neither its seed nor the length of its training.
             shape = repr([node.document["stage"], *(v for k, v in node.config.items() if k != "seed")])
+            inputs = {role: stages[key] for role, key in node.inputs.items()}
+            if artifact is None:
+                planned[id(stages[node.key])] = stages[node.key], inputs
+            if "model" in inputs:  # what it shapes is shaped by the stages before, too
+                shape = node.key
             if artifact is None and shape not in seen:
                 seen.add(shape)
-                inputs = {role: stages[key] for role, key in node.inputs.items()}
-                stages[node.key].check(inputs, Room(run, store.work(node.key), company=company))
+                stages[node.key].check(inputs, Room(run, store.work(node.key), company=company, planned=planned))
 
 
 def execute(

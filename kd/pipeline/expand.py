@@ -16,6 +16,8 @@ is one), `@index` by 1, 2, …, `@name` by the item's name, `@previous` by the s
 a role that ends in `*` takes several: `"teacher*": "@earlier"` names all that stand before in the template, `start`
 first, as `teacher1`, `teacher2`, …; `"teacher*": "assistant*"`, in any later stage, all that the template made. A later
 stage that names the template itself as an input gets its last stage; of an empty list, `start`.
+
+A template with `choices` is a chain of steps by name: see `kd.pipeline.steps`.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kd.errors import InputError, offer
+from kd.pipeline.steps import steps
 
 MODEL = {"_target_": "kd.models.create", "name": "", "pretrained": False, "options": {}}
 FIELDS = ("for_each", "start", "stage", "stages")
@@ -50,17 +53,27 @@ def expand(stages: Mapping[str, Any], where: str = "pipeline.stages") -> dict[st
     last {'inputs': {'from': 'more2'}}
     """
     made: dict[str, Any] = {}
+    own: list[str]
     known: dict[str, tuple[str | None, list[str]]] = {}  # template: its last stage, and all of them
     for name, stage in stages.items():
         if not (isinstance(stage, Mapping) and "for_each" in stage):
             _add(made, name, _linked(stage, known, f"{where}.{name}"), where)
             continue
+        if "choices" in stage:
+            start = str(stage.get("start"))
+            start = known[start][0] or start if start in known else start
+            own = []
+            for full, one in steps({**stage, "start": start}, made, f"{where}.{name}"):
+                _add(made, full, one, where)
+                own.append(full)
+            known[name] = (own[-1] if own else start, own)
+            continue
         _check(stage, f"{where}.{name}")
-        start = stage.get("start")
-        if isinstance(start, str) and start in known:
-            start = known[start][0]
-        own: list[str] = []
-        ends = [start] if start else []
+        first = stage.get("start")
+        if isinstance(first, str) and first in known:
+            first = known[first][0]
+        own = []
+        ends = [first] if first else []
         for index, (label, item) in enumerate(_items(stage["for_each"], name), 1):
             many = stage.get("stages") or {"": stage["stage"]}
             last = None

@@ -111,10 +111,13 @@ def plan(config: Mapping[str, Any], overrides: tuple[str, ...] = ()) -> Plan:
             if source not in made:
                 later = " (it stands later)" if source in stages else nearest(str(source), stages)
                 raise InputError(f"{where}.inputs.{role}={source!r} is no stage before it{later}")
+        if "model" in inputs:
+            in_order(where, kind, resolve(made[inputs["model"]].document["stage"]))
         if "data" in body:
             body["data"] = _with_digest(plain(body["data"], f"{where}.data"), run)
         if "fit" in body:
-            body["fit"] = _fit(body["fit"], "fit" if name != "teacher" else "teacher_fit")
+            place = "teacher_fit" if name == "teacher" else "recover.fit" if "model" in inputs else "fit"
+            body["fit"] = _fit(body["fit"], place)
         body = plain(body, where)
         unused = kind.unused(body, {role: made[source].config for role, source in inputs.items()})
         body = kind.settled(body)
@@ -128,6 +131,23 @@ def plan(config: Mapping[str, Any], overrides: tuple[str, ...] = ()) -> Plan:
         dials=_dials(config, list(made.values())[-1].config),
         overrides=overrides,
     )
+
+
+PHASES = ("structure", "numbers", "file")
+
+
+def in_order(where: str, kind: Any, before: Any) -> None:
+    """Refuse a stage that cannot work on what another leaves: each has the `PHASE` of what it changes.
+
+    Raises:
+        InputError: naming the rule.
+    """
+    own, given = (PHASES.index(getattr(one, "PHASE", "structure")) for one in (kind, before))
+    if own < given or given == len(PHASES) - 1:
+        raise InputError(
+            f"{where}: {kind.__name__} cannot follow {before.__name__}; first what changes the structure or trains "
+            "(prune, lowrank, recover), then what changes the numbers (quantize), then what writes a file (export)"
+        )
 
 
 def _dials(config: Mapping[str, Any], last: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,10 @@ import timm
 import torch
 import torchmetrics
 
+import kd.compress.lowrank
+import kd.compress.masks
 import kd.compress.measure
+import kd.compress.structure
 import kd.data.augment
 import kd.data.readers
 import kd.losses.across

@@ -1,8 +1,20 @@
 """Stages: one dataclass each; fields are its config, `run` makes its artifact. Torch is imported late."""
 
 from kd.stages.base import Room, Stage
+from kd.stages.compress import FineTune, LowRank, Prune
 from kd.stages.fingerprints import code_print, environment_print
 from kd.stages.image import Distil, Train
 from kd.stages.labels import SoftLabels
 
-__all__ = ["Distil", "Room", "SoftLabels", "Stage", "Train", "code_print", "environment_print"]
+__all__ = [
+    "Distil",
+    "FineTune",
+    "LowRank",
+    "Prune",
+    "Room",
+    "SoftLabels",
+    "Stage",
+    "Train",
+    "code_print",
+    "environment_print",
+]

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from kd.errors import InputError
 from kd.store import Artifact
 from kd.training.pruning import Trial
 from kd.training.settings import Run
 
 if TYPE_CHECKING:
+    from kd.models import Normalised
     from kd.training.turns import Turns
 
 Event = dict[str, Any]
@@ -40,6 +42,8 @@ class Room:
     tell: Callable[[Event], None] = lambda event: None
     company: Company | None = None  # the other jobs of this process, if there are some
     trial: Trial | None = None  # what hears of each epoch and may give the training up
+    # In a rehearsal: each stage that is still to run, with its inputs, by its id.
+    planned: Mapping[int, tuple[Stage, Mapping[str, Stage | Artifact]]] = field(default_factory=dict)
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         """What ``make`` gives, made once for all the jobs of this process that name it by the same ``key``."""
@@ -48,6 +52,21 @@ class Room:
         if key not in self.company.kept:
             self.company.kept[key] = make()
         return self.company.kept[key]
+
+    def stand_in(self, source: Stage | Artifact) -> Normalised:
+        """The network of an artifact; of a stage that has not run, one of its shape with weights that mean nothing.
+
+        Raises:
+            InputError: if the stage makes no network.
+        """
+        from kd.models import load
+
+        if isinstance(source, Artifact):
+            return load(source.path)
+        if not hasattr(source, "stand_in"):
+            raise InputError(f"{type(source).__name__} makes no network; name a stage that trains or compresses one")
+        made: Normalised = source.stand_in(self.planned[id(source)][1], self)
+        return made
 
     @property
     def data_dir(self) -> Path:

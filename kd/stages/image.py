@@ -57,15 +57,19 @@ class Train:
         Raises:
             InputError: if a term asks for a teacher, or something does not fit.
         """
-        objective = _rehearse(self.data, self.model, None, self.objective, self.fit, room)
+        objective = rehearse(self.data, self.model, None, self.objective, self.fit, room)
         if objective.needs_teacher:
             raise InputError("a stage without a teacher has a term that needs one; use pipeline=distil for it")
+
+    def stand_in(self, inputs: Mapping[str, Stage | Artifact], room: Room) -> Normalised:
+        """The network that it trains, with weights that mean nothing."""
+        return build(self.model, self.data, None, 0, room)
 
     def run(self, inputs: Mapping[str, Artifact], out: Path, room: Room) -> dict[str, Any]:
         """Train, evaluate, save."""
         splits = load_data(self.data, room)
         student = build(self.model, self.data, splits, self.seed, room)
-        return _train(self, student, {}, splits, out, room, self.model)
+        return train_net(self, student, {}, splits, out, room, recipe(self.model, self.data, splits))
 
 
 @dataclass(frozen=True)
@@ -152,17 +156,23 @@ class Distil:
             from kd.models import load
 
             net = room.once(("teacher", teacher.key), lambda: load(teacher.path))
-            _rehearse(self.data, self.student, net, self.objective, self.fit, room)
+            rehearse(self.data, self.student, net, self.objective, self.fit, room)
         elif isinstance(teacher, Train):
-            _rehearse(self.data, self.student, teacher.model, self.objective, self.fit, room)
+            rehearse(self.data, self.student, teacher.model, self.objective, self.fit, room)
+        elif teacher is not None and hasattr(teacher, "stand_in"):
+            rehearse(self.data, self.student, room.stand_in(teacher), self.objective, self.fit, room)
         else:
             raise InputError("pipeline.stages.student.inputs.teacher must name a stage that trains a network")
+
+    def stand_in(self, inputs: Mapping[str, Stage | Artifact], room: Room) -> Normalised:
+        """The student, with weights that mean nothing."""
+        return build(self.student, self.data, None, 0, room)
 
     def run(self, inputs: Mapping[str, Artifact], out: Path, room: Room) -> dict[str, Any]:
         """Distil, evaluate against the labels and the teacher, save the student alone."""
         splits = load_data(self.data, room)
         student = build(self.student, self.data, splits, self.seed, room)
-        return _train(self, student, inputs, splits, out, room, self.student)
+        return train_net(self, student, inputs, splits, out, room, recipe(self.student, self.data, splits))
 
 
 def bind(
@@ -209,8 +219,13 @@ def bind(
     objective.bind({name: view.shape for name, view in views.items()} | {"batch.row": torch.Size((samples,))})
 
 
-def _rehearse(
-    data: Config, model: Config, teacher: Config | Normalised | None, objective: Config, fit: Config, room: Room
+def rehearse(
+    data: Config,
+    model: Config | Normalised,
+    teacher: Config | Normalised | None,
+    objective: Config,
+    fit: Config,
+    room: Room,
 ) -> Objective:
     """Everything a training builds, once, without training: what is wrong is found before the first stage starts."""
     from kd.training import ranks
@@ -222,13 +237,16 @@ def _rehearse(
     terms = build_objective(objective, room)
 
     def built() -> bool:
-        student = build(model, data, None, 0, room)
+        student = build(model, data, None, 0, room) if isinstance(model, dict) else model
         configure(Fit(**fit), 1)(list(student.parameters()))
         net = build(teacher, data, None, 0, room) if isinstance(teacher, dict) else teacher
         bind(terms, student, net, data)
         ranks.check(Fit(**fit), room.run.devices, device_of(room.run).type == "cuda", student, terms)
         return True
 
+    if not isinstance(model, dict):
+        built()
+        return terms
     # What numbers stand in the terms decides nothing about shapes: a sweep over them is bound once.
     asked = teacher if isinstance(teacher, dict) else id(teacher)
     names = [data[name] for name in ("channels", "size", "num_classes")]
@@ -242,16 +260,20 @@ def _without_numbers(node: Any) -> Any:
     return None if isinstance(node, (int, float)) and not isinstance(node, bool) else node
 
 
-def _train(
-    stage: Train | Distil,
+def train_net(
+    stage: Any,
     student: Normalised,
     inputs: Mapping[str, Artifact],
     splits: Splits,
     out: Path,
     room: Room,
-    model: Config,
+    spec: Mapping[str, Any],
+    masks: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, Any]:
-    """Fit the student, then evaluate it on validation and, once, on test; write weights and card parts."""
+    """Fit the student, then evaluate it on validation and, once, on test; write weights and card parts.
+
+    ``spec`` is what it is built from again; ``masks`` the parameters whose zeros stay.
+    """
     import torch
     from safetensors.torch import save_file
 
@@ -287,6 +309,7 @@ def _train(
             work=room.work,
             tell=room.tell,
             loggers=sinks,
+            masks=masks,
             watching=[Pruning(room.trial)] if room.trial else [],
         )
         # Shipped in float32, whatever it was trained in: what reads it builds float32 networks.
@@ -298,7 +321,7 @@ def _train(
         shape = (int(data["channels"]), int(data["size"]), int(data["size"]))
         costs = cost(student, shape, latency=room.run.latency)
         summarise(sinks, {**metrics, **{f"cost/{name}": value for name, value in costs.items()}}, trace.steps)
-    save(student, _recipe(model, data, splits), out)
+    save(student, spec, out)
     if isinstance(stage, Train):  # what a student's agreement is judged by, so that none has to ask its teacher again
         save_file({"test": chosen}, out / CHOSEN)
     # Copied: after a kill between here and the store, the next attempt finds it where the checkpoint is.
@@ -308,14 +331,13 @@ def _train(
         "cost": costs,
         "weights": weights_digest(student.net),
         "trace": {"losses": trace.losses, "epochs": trace.epochs, "selected_epoch": trace.selected_epoch},
-        "gradients": trace.gradients,
         "resumed": trace.resumed,
         "fingerprints": {"data": content},
     }
 
 
-def _recipe(model: Config, data: Config, splits: Splits) -> dict[str, Any]:
-    """What the student is built from again, and the names of its classes in the order of its logits."""
+def recipe(model: Config, data: Config, splits: Splits) -> dict[str, Any]:
+    """What a network is built from again, and the names of its classes in the order of its logits."""
     return {
         "model": {k: v for k, v in model.items() if k != "_target_"} | {"pretrained": False},
         "num_classes": len(splits.classes),

@@ -44,6 +44,27 @@ class Reseed(pl.Callback):
         _distiller(pl_module).objective.at(trainer.global_step / trainer.num_training_batches, trainer.max_epochs or 1)
 
 
+class Masks(pl.Callback):
+    """Keep weights at 0: what a step moved away from it is put back before anything sees it."""
+
+    def __init__(self, masks: Mapping[str, Tensor]) -> None:
+        """``masks``, by the names of the student's parameters, are True where a weight may be other than 0."""
+        self.masks = masks
+        self.pairs: list[tuple[Tensor, Tensor]] = []
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find the parameters where they are now."""
+        parameters = dict(_distiller(pl_module).student.net.named_parameters())
+        self.pairs = [(parameters[name], mask.to(parameters[name].device)) for name, mask in self.masks.items()]
+        self.on_train_batch_end()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Put them back."""
+        with torch.no_grad():
+            for parameter, mask in self.pairs:
+                parameter.mul_(mask)
+
+
 class Recorder(pl.Callback):
     """The run's own record: line-flushed history, epoch means, weights digest per epoch, first losses, NaN watch.
 
@@ -94,8 +115,12 @@ class Recorder(pl.Callback):
                 break  # a line the kill cut short
         write_text(self.path, "".join(f"{line}\n" for line in kept))  # whole: the next kill may come now
 
-    def due(self, step: int) -> bool:
-        """Whether a step has a line of its own: the first one, and then each so many."""
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Ask for the gradient norm of each term where a log line is due."""
+        # Each norm is a backward pass more: not at the first step, whose line is written all the same.
+        _distiller(pl_module).norms_due = self.log_every > 0 and (trainer.global_step + 1) % self.log_every == 0
+
+    def _due(self, step: int) -> bool:
         return self.log_every > 0 and (step % self.log_every == 0 or step == 1)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any) -> None:
@@ -112,7 +137,7 @@ class Recorder(pl.Callback):
             else:
                 self.sums[name] = value.detach().double()
         self.count += 1
-        due = self.due(step)
+        due = self._due(step)
         # On the CPU reading a number is free; on a GPU it would make each step wait, so there only where one is due.
         # The sum of an epoch stays not finite once a step was.
         if trainer.is_last_batch:
@@ -123,7 +148,7 @@ class Recorder(pl.Callback):
             self.losses.append(total.item())
         if due:
             row = {"train/loss": total.item(), **{f"train/{n}": p.item() for n, p in module.parts.items()}}
-            row |= {name: value.item() for name, value in module.gradients.items()}
+            row |= {f"grad/{name}": norm.item() for name, norm in module.norms.items()}
             row |= {"lr": trainer.optimizers[0].param_groups[0]["lr"], "epoch": (step - 1) // self.steps_per_epoch}
             self.write(trainer, step, row)
 

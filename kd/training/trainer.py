@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,7 @@ from pytorch_lightning.profilers import PassThroughProfiler
 from kd.data import Split
 from kd.data.labels import StoredLabels
 from kd.errors import InputError
-from kd.training.callbacks import Checkpoint, Progress, Recorder, Reseed, Selection, Together
-from kd.training.gradients import Gradients
+from kd.training.callbacks import Checkpoint, Masks, Progress, Recorder, Reseed, Selection, Together
 from kd.training.loaders import EpochLoader
 from kd.training.loop import install
 from kd.training.module import Distiller
@@ -45,7 +44,6 @@ class Trace:
     resumed: list[int]
     steps: int = 0
     selected_epoch: int | None = None
-    gradients: list[dict[str, Any]] = field(default_factory=list)
 
 
 def device_of(run: Run) -> torch.device:
@@ -107,9 +105,12 @@ def train(
     labels: StoredLabels | None = None,
     turns: Turns | None = None,
     loggers: list[Logger] | None = None,
+    masks: Mapping[str, torch.Tensor] | None = None,
     watching: Sequence[pl.Callback] = (),
 ) -> Trace:
     """Train ``module`` on (train, validation) under ``fit``; resumes from ``work`` if a checkpoint lies there.
+
+    ``masks``, by the names of the student's parameters, are True where a weight may be other than 0.
 
     Raises:
         InputError: if the split is smaller than a batch, or the device has not the precision.
@@ -130,7 +131,7 @@ def train(
     gpu = device_of(run).type == "cuda"
     check_compiler("fit.compile", fit.compile, run)
     check_ranks(fit, run.devices, gpu, module.student, module.objective)
-    place = _Place(seed, size, augment, work, views, view_seed, labels, turns)
+    place = _Place(seed, size, augment, work, views, view_seed, labels, turns, masks)
     with spread(run.devices, tell) as rank:
         if rank:
             return _fit(module, data, fit, run, place, lambda event: None, None, (), rank)
@@ -149,6 +150,7 @@ class _Place:
     view_seed: int | None
     labels: StoredLabels | None
     turns: Turns | None
+    masks: Mapping[str, torch.Tensor] | None
 
 
 def _fit(
@@ -205,7 +207,6 @@ def _fit(
         words = (fit.batch_size, place.seed, place.augment, place.size, fit.drop_last, place.views, place.view_seed)
         loader = turns.shared((id(train_split), id(labels), *words), lambda: make(None), position)
     recorder = Recorder(work, run.log_every, len(loader))
-    gradients = Gradients(recorder, run.gradients)
     selection = Selection(fit)
     every = 1 if fit.needs_validation else run.validate_every
     # Filling fresh memory costs a write a tensor and hides no error here.
@@ -213,8 +214,8 @@ def _fit(
     together = Together(
         [
             Reseed(place.seed),
+            *([Masks(place.masks)] if place.masks else []),  # before what looks at the weights
             recorder,
-            gradients,
             selection,
             Progress(tell, fit.epochs * len(loader)),
             Checkpoint(work, run.checkpoint_seconds, recorder),
@@ -266,7 +267,6 @@ def _fit(
         recorder.resumed,
         trainer.global_step,
         selection.epoch if fit.select == "best" else None,
-        gradients.epochs,
     )
 
 
