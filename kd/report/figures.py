@@ -175,6 +175,53 @@ def curves(cards: Sequence[Card], names: Sequence[str] | None = None) -> Figure:
     return figure
 
 
+def movers(cards: Sequence[Card], names: Sequence[str] | None = None) -> Figure:
+    """By epoch, what each term does to the student: its share of the gradient, its norm, the cosines of pairs.
+
+    One colour a run, one dash a term or a pair; a card without recorded gradients draws nothing.
+    """
+    from plotly.subplots import make_subplots
+
+    dashes = ("solid", "dot", "dash", "dashdot", "longdash")
+    kinds = ("grad_share/", "grad/", "grad_cosine/")
+    columns = {kind: _recorded(cards, kind) for kind in kinds}
+    key = ", ".join(f"{_safe(term)} {dashes[i % len(dashes)]}" for i, term in enumerate(columns[kinds[0]]))
+    pairs = ", ".join(f"{_safe(pair)} {dashes[i % len(dashes)]}" for i, pair in enumerate(columns[kinds[2]][:3]))
+    heads = (f"share of the gradient % ({key})", "norm of the gradient (log)", f"cosine between terms ({pairs})")
+    figure = make_subplots(rows=1, cols=3, subplot_titles=heads)
+    for index, card in enumerate(cards):
+        run = _safe(names[index] if names else str(card["key"])[:16])
+        epochs = list(card.get("gradients") or ())
+        for place, kind in enumerate(kinds, start=1):
+            for i, name in enumerate(columns[kind]):
+                values = [number(epoch.get(kind + name)) for epoch in epochs]
+                if all(value is None for value in values):
+                    continue
+                scale = 100 if kind == "grad_share/" else 1
+                figure.add_scatter(
+                    x=[int(epoch["epoch"]) + 1 for epoch in epochs],
+                    y=[None if value is None else scale * value for value in values],
+                    name=run,
+                    legendgroup=str(index),
+                    showlegend=place == 1 and i == 0,
+                    mode="lines+markers" if len(epochs) < 12 else "lines",
+                    line={"color": CYCLE[index % len(CYCLE)], "dash": dashes[i % len(dashes)], "width": 1.8},
+                    marker={"size": 4},
+                    hovertemplate=f"epoch %{{x}}: %{{y:.4~f}}<extra>{run} {_safe(name)}</extra>",
+                    row=1,
+                    col=place,
+                )
+    legend = 22 * ((len(cards) + 1) // 2)
+    _style(figure, "epoch", None, height=360 + legend)
+    figure.update_layout(legend={"yref": "container", "y": 0.01, "yanchor": "bottom"}, margin={"b": 70 + legend})
+    figure.update_annotations(font_size=13)
+    figure.update_xaxes(rangemode="tozero")
+    figure.update_yaxes(range=[0, 100], col=1)
+    figure.update_yaxes(type="log", col=2)
+    figure.update_yaxes(range=[-1.02, 1.02], col=3)
+    return figure
+
+
 def gain(groups: Sequence[Row]) -> Figure:
     """Accuracy of the distilled student less that of the same student alone, in points.
 
@@ -308,6 +355,12 @@ def _epochs(card: Card) -> list[Mapping[str, Any]]:
 def _terms(card: Card) -> list[str]:
     names = dict.fromkeys(name for epoch in _epochs(card) for name in epoch)
     return [name for name in names if name.startswith("train/") and name != "train/loss"]
+
+
+def _recorded(cards: Sequence[Card], kind: str) -> list[str]:
+    """The terms (or pairs) whose gradients the cards hold, in order of appearance."""
+    found = dict.fromkeys(name for card in cards for epoch in card.get("gradients") or () for name in epoch)
+    return [name.removeprefix(kind) for name in found if name.startswith(kind)]
 
 
 def _term(column: str) -> str:

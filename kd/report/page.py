@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 METRICS_SHOWN = (*METRICS, "test/agreement", "test/loss", "test/ece", CHOICE)
 CURVES = 8
+MOVERS = 4
 HEATMAPS = 6
 
 
@@ -90,7 +91,7 @@ def _body(cards: Sequence[Card], rows: list[Row], figures: dict[str, Figure], sw
         parts.append('<section class="card"><p>No finished runs.</p></section>')
     else:
         parts += [_tiles(groups), _heatmaps(groups, figures, sweep), _pair(groups, figures)]
-        parts += [_curves(cards, rows, figures)]
+        parts += [_curves(cards, rows, figures), _movers(cards, rows, figures)]
         if any(group["n"] > 1 for group in groups):
             # A setting has as many commands as seeds: they stand with the runs.
             settings = [{**group, "hash": None} for group in groups]
@@ -251,6 +252,26 @@ def _curves(cards: Sequence[Card], rows: Sequence[Row], figures: dict[str, Figur
     figure = curves([traced[row["key"]] for row in chosen], [label(row, settings) for row in chosen])
     some = f"the best {len(chosen)} of {len(candidates)} runs" if len(chosen) < len(candidates) else ""
     return _section("Training", _figure("curves", figure, figures, some, "card wide"))
+
+
+def _movers(cards: Sequence[Card], rows: Sequence[Row], figures: dict[str, Figure]) -> str:
+    """The gradients of the best students that have several terms, up to `MOVERS` runs."""
+    from kd.report.figures import label, movers
+
+    recorded = {str(card["key"]): card for card in cards if len(_terms_of(card)) > 1}
+    students = [row for row in rows if row["key"] in recorded]
+    students.sort(key=lambda row: number(row.get(CHOICE)) or number(row.get(ACCURACY)) or 0.0, reverse=True)
+    chosen = students[:MOVERS]
+    if not chosen:
+        return ""
+    settings = [*varying_settings(rows), *(["seed"] if len({row.get("seed") for row in rows}) > 1 else [])]
+    figure = movers([recorded[row["key"]] for row in chosen], [label(row, settings) for row in chosen])
+    some = f"the best {len(chosen)} of {len(students)} runs" if len(chosen) < len(students) else ""
+    return _section("Which term moves the student", _figure("movers", figure, figures, some, "card wide"))
+
+
+def _terms_of(card: Card) -> set[str]:
+    return {name for epoch in card.get("gradients") or () for name in epoch if name.startswith("grad_share/")}
 
 
 def _figure(name: str, figure: Figure, figures: dict[str, Figure], heading: str, kind: str = "card") -> str:

@@ -331,6 +331,7 @@ def train_net(
         "cost": costs,
         "weights": weights_digest(student.net),
         "trace": {"losses": trace.losses, "epochs": trace.epochs, "selected_epoch": trace.selected_epoch},
+        "gradients": trace.gradients,
         "resumed": trace.resumed,
         "fingerprints": {"data": content},
     }

@@ -115,12 +115,8 @@ class Recorder(pl.Callback):
                 break  # a line the kill cut short
         write_text(self.path, "".join(f"{line}\n" for line in kept))  # whole: the next kill may come now
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Ask for the gradient norm of each term where a log line is due."""
-        # Each norm is a backward pass more: not at the first step, whose line is written all the same.
-        _distiller(pl_module).norms_due = self.log_every > 0 and (trainer.global_step + 1) % self.log_every == 0
-
-    def _due(self, step: int) -> bool:
+    def due(self, step: int) -> bool:
+        """Whether a step has a line of its own: the first one, and then each so many."""
         return self.log_every > 0 and (step % self.log_every == 0 or step == 1)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any) -> None:
@@ -137,7 +133,7 @@ class Recorder(pl.Callback):
             else:
                 self.sums[name] = value.detach().double()
         self.count += 1
-        due = self._due(step)
+        due = self.due(step)
         # On the CPU reading a number is free; on a GPU it would make each step wait, so there only where one is due.
         # The sum of an epoch stays not finite once a step was.
         if trainer.is_last_batch:
@@ -148,7 +144,7 @@ class Recorder(pl.Callback):
             self.losses.append(total.item())
         if due:
             row = {"train/loss": total.item(), **{f"train/{n}": p.item() for n, p in module.parts.items()}}
-            row |= {f"grad/{name}": norm.item() for name, norm in module.norms.items()}
+            row |= {name: value.item() for name, value in module.gradients.items()}
             row |= {"lr": trainer.optimizers[0].param_groups[0]["lr"], "epoch": (step - 1) // self.steps_per_epoch}
             self.write(trainer, step, row)
 

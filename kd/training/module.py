@@ -12,9 +12,10 @@ from torch import Tensor
 from kd.models import Frozen, Normalised, Taps
 from kd.objective import Objective
 from kd.tasks.image import evaluate
+from kd.training.gradients import keep_buffers, of_terms
 
 Batch = dict[str, Tensor]
-_PLAIN = frozenset({"_current_fx_name", "parts", "norms", "norms_due", "validation"})
+_PLAIN = frozenset({"_current_fx_name", "parts", "gradients", "gradients_due", "validation"})
 
 
 class Distiller(pl.LightningModule):
@@ -54,8 +55,8 @@ class Distiller(pl.LightningModule):
         self.teacher = Frozen(teacher) if live and teacher is not None else None
         self.teacher_taps = Taps(teacher.net, objective.paths("teacher")) if live and teacher is not None else None
         self.parts: dict[str, Tensor] = {}
-        self.norms_due = False
-        self.norms: dict[str, Tensor] = {}
+        self.gradients_due = False
+        self.gradients: dict[str, Tensor] = {}
         self.seen: list[tuple[Tensor, Tensor]] = []
         self.validation: dict[str, Any] = {}
 
@@ -89,6 +90,7 @@ class Distiller(pl.LightningModule):
 
     def compile_nets(self) -> None:
         """Compile student and teacher in place: paths, taps and state stay as they are."""
+        keep_buffers()
         self.student.compile()
         if self.teacher is not None:
             self.teacher.module.compile()
@@ -103,21 +105,13 @@ class Distiller(pl.LightningModule):
         """The weighted sum of the terms; the parts stay in `parts` for whoever records them."""
         total: Tensor
         total, self.parts = self.objective(self.views(batch))
-        if self.norms_due:
-            self.norms = self.gradient_norms()
+        self.gradients = self.gradients_of_terms() if self.gradients_due else {}
         return total
 
-    def gradient_norms(self) -> dict[str, Tensor]:
-        """The L2 norm of each weighted term's gradient on the student."""
-        trained = [p for p in self.student.parameters() if p.requires_grad]
-        norms = {}
-        for name, part in self.parts.items():
-            if part.requires_grad:
-                found = torch.autograd.grad(part, trained, retain_graph=True, allow_unused=True)
-                each = [torch.linalg.vector_norm(g) for g in found if g is not None]
-                weight = abs(self.objective.terms[name].weight)
-                norms[name] = weight * torch.linalg.vector_norm(torch.stack(each)) if each else torch.zeros(())
-        return norms
+    def gradients_of_terms(self) -> dict[str, Tensor]:
+        """What each of the last step's terms does to the student, as `of_terms` has it."""
+        weights = {name: self.objective.terms[name].weight for name in self.parts}
+        return of_terms(self.parts, weights, [p for p in self.student.parameters() if p.requires_grad])
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Keep the logits; metrics are made of the whole split."""

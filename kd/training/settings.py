@@ -137,6 +137,7 @@ class Run:
     memory_gb: float = 2.0
     validate_every: int = 1
     log_every: int = 100
+    gradients: int | None = None
     checkpoint_seconds: float = 60.0
     wandb: str = "auto"
     wandb_project: str = "kd"
@@ -158,4 +159,6 @@ class Run:
         require(self.memory_gb >= 0, "run.memory_gb", self.memory_gb, "0 or more")
         require(self.validate_every >= 0, "run.validate_every", self.validate_every, "0 (never) or more epochs")
         require(self.log_every >= 0, "run.log_every", self.log_every, "0 (never) or more steps")
+        steps = self.gradients is None or self.gradients >= 0
+        require(steps, "run.gradients", self.gradients, "0 (never), more steps, or null (at run.log_every)")
         require(self.checkpoint_seconds >= 0, "run.checkpoint_seconds", self.checkpoint_seconds, "0 or more")

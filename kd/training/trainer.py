@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from kd.data import Split
 from kd.data.labels import StoredLabels
 from kd.errors import InputError
 from kd.training.callbacks import Checkpoint, Masks, Progress, Recorder, Reseed, Selection, Together
+from kd.training.gradients import Gradients
 from kd.training.loaders import EpochLoader
 from kd.training.loop import install
 from kd.training.module import Distiller
@@ -44,6 +45,7 @@ class Trace:
     resumed: list[int]
     steps: int = 0
     selected_epoch: int | None = None
+    gradients: list[dict[str, Any]] = field(default_factory=list)
 
 
 def device_of(run: Run) -> torch.device:
@@ -207,6 +209,7 @@ def _fit(
         words = (fit.batch_size, place.seed, place.augment, place.size, fit.drop_last, place.views, place.view_seed)
         loader = turns.shared((id(train_split), id(labels), *words), lambda: make(None), position)
     recorder = Recorder(work, run.log_every, len(loader))
+    gradients = Gradients(recorder, run.gradients)
     selection = Selection(fit)
     every = 1 if fit.needs_validation else run.validate_every
     # Filling fresh memory costs a write a tensor and hides no error here.
@@ -216,6 +219,7 @@ def _fit(
             Reseed(place.seed),
             *([Masks(place.masks)] if place.masks else []),  # before what looks at the weights
             recorder,
+            gradients,
             selection,
             Progress(tell, fit.epochs * len(loader)),
             Checkpoint(work, run.checkpoint_seconds, recorder),
@@ -267,6 +271,7 @@ def _fit(
         recorder.resumed,
         trainer.global_step,
         selection.epoch if fit.select == "best" else None,
+        gradients.epochs,
     )
 
 

@@ -89,6 +89,7 @@ def _build(entity: str, project: str) -> Any:
                     wr.LinePlot(title="train loss", x=step, y=["train/loss"]),
                     wr.LinePlot(title="each term", x=step, metric_regex="train/(?!loss$).*"),
                     wr.LinePlot(title="gradient of each term", x=step, metric_regex="grad/.*", log_y=True),
+                    wr.LinePlot(title="share of each term in the gradient", x=step, metric_regex="grad_share/.*"),
                     wr.LinePlot(title="validation accuracy", x=step, y=["val/accuracy"]),
                     wr.LinePlot(title="validation loss", x=step, y=["val/loss"]),
                 ],

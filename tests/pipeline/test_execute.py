@@ -57,6 +57,8 @@ def test_the_card_holds_what_reproduction_needs(straight):
         ("run.validate_every=0",),
         ("run.validate_every=2", "run.log_every=1"),
         ("run.log_every=0",),
+        ("run.gradients=1",),
+        ("run.gradients=3", "run.log_every=2"),
         ("run.checkpoint_seconds=0",),
         ("run/logger=[csv]",),
         ("run.wandb=offline",),

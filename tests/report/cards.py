@@ -77,7 +77,18 @@ def card(
         "losses": [2.3] * 10,
         "epochs": [_epoch(e, accuracy, terms) for e in range(epochs)],
     }
+    if dials:
+        made["gradients"] = [_pull(e, dials["alpha"]) for e in range(epochs)]
     return made
+
+
+def _pull(epoch: int, alpha: float) -> dict[str, Any]:
+    """Mean gradients of an epoch; the teacher's share grows with alpha."""
+    norms = {"ce": (1 - alpha) * 0.5**epoch, "kd": alpha * 0.5**epoch}
+    row: dict[str, Any] = {"epoch": epoch, "count": 4, "grad_cosine/ce/kd": 0.25 - 0.1 * epoch}
+    for name, norm in norms.items():
+        row |= {f"grad/{name}": norm, f"grad_share/{name}": norm / sum(norms.values())}
+    return row
 
 
 def _epoch(epoch: int, accuracy: float, terms: Iterable[str]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from kd.errors import InputError
-from kd.report.figures import curves, gain, heatmap, label, size_accuracy
+from kd.report.figures import curves, gain, heatmap, label, movers, size_accuracy
 from kd.report.rows import ALONE, DISTILLED, TEACHER, collect, over_seeds
 from tests.report.cards import STUDENT, card, family
 
@@ -82,6 +82,22 @@ def test_curves_do_without_validation_or_epochs():
     assert len(curves([{**bare, "trace": {}}]).data) == 0
 
 
+def test_movers_show_share_norm_and_cosine_by_term():
+    made = family((4,), (0.9,), (0,))
+    figure = movers([made[-1]], ["the student"])
+    assert [trace.name for trace in figure.data] == ["the student"] * 5
+    assert [trace.showlegend for trace in figure.data] == [True, False, False, False, False]
+    ce, kd, norm, _, cosine = figure.data
+    epochs = made[-1]["gradients"]
+    assert list(kd.y) == pytest.approx([90.0] * 5) and list(ce.y) == pytest.approx([10.0] * 5)
+    assert ce.line.dash != kd.line.dash and list(ce.x) == [1, 2, 3, 4, 5]
+    assert list(norm.y) == [epoch["grad/ce"] for epoch in epochs] and figure.layout.yaxis2.type == "log"
+    assert list(cosine.y) == [epoch["grad_cosine/ce/kd"] for epoch in epochs]
+    assert "ce solid, kd dot" in figure.layout.annotations[0].text
+    assert "ce/kd" in figure.layout.annotations[2].text
+    assert len(movers([made[0]]).data) == 0
+
+
 def grid(**fixed):
     made = []
     for epochs in (1, 5):
@@ -116,6 +132,7 @@ def test_names_from_a_card_are_escaped():
     rows = over_seeds(collect([card("Train", STUDENT, 0.9, data=bad), card("Train", STUDENT, 0.8)]))
     rows[0]["role"] = bad
     drawn = [size_accuracy(rows), curves([card("Train", STUDENT, 0.9)], [bad])]
+    drawn.append(movers(family((4,), (0.9,), (0,))[-1:], [bad]))
     drawn.append(heatmap([{**row, "hash": bad} for row in rows], x="role", y="data"))
     drawn.append(gain([{**row, "gain": row["test/accuracy"]} for row in rows]))
     for figure in drawn:

@@ -174,6 +174,15 @@ def test_other_settings_get_a_heatmap_each(tmp_path):
     assert text.count('id="heatmap-') == 6 and "2 further settings not drawn" in text
 
 
+def test_the_page_says_which_term_moves_the_student_for_the_best_few(tmp_path):
+    page = write_page(family((1, 4, 8), (0.1, 0.9), (0,)), tmp_path / "page.html", "t").read_text()
+    assert "Which term moves the student" in page and "the best 4 of 6 runs" in page
+    figures = page.partition('id="figures">')[2].partition("</script>")[0]
+    assert len({trace["legendgroup"] for trace in json.loads(figures)["movers"]["data"]}) == 4
+    silent = [{k: v for k, v in card.items() if k != "gradients"} for card in family((1, 4), (0.9,), (0,))]
+    assert "Which term moves" not in write_page(silent, tmp_path / "page.html", "t").read_text()
+
+
 def test_curves_stay_readable(tmp_path):
     made = family((1, 2, 3, 4, 5), (0.1, 0.9), (0, 1))
     text = write_page(made, tmp_path / "p.html", "T").read_text(encoding="utf-8")
@@ -197,7 +206,7 @@ def test_a_browser_draws_it_without_complaint(made, tmp_path):
     assert re.findall(r'class="xtick"><text[^>]*>([^<]*)<', first) == ["1", "4", "8", "16"]
     assert re.findall(r'class="ytick"><text[^>]*>([^<]*)<', first) == ["0.1", "0.9"]
     assert len(parse(text).tables["runs"]) == 1 + 13
-    for figure in ("heatmap-0", "size", "gain", "curves"):
+    for figure in ("heatmap-0", "size", "gain", "curves", "movers"):
         assert re.search(rf'id="{figure}"[^>]*class="[^"]*js-plotly-plot|js-plotly-plot"[^>]*id="{figure}"', text), (
             figure
         )

@@ -19,6 +19,7 @@ from kd.pipeline.jobs import call
 from kd.store import Store
 from kd.training import callbacks
 from kd.training.callbacks import Checkpoint, EachStep, Progress, Recorder, Selection, Together
+from kd.training.gradients import Gradients
 from kd.training.settings import Fit
 from tests.pipeline.small import kill_at, made, planned
 from tests.training.tiny import fitted, label_term, net, run_of, teacher_term
@@ -334,7 +335,7 @@ def test_together_calls_each_in_order_and_only_what_it_has():
 
 def test_no_hook_of_ours_is_one_that_together_does_not_pass_on():
     ours = [kind for kind in vars(callbacks).values() if isinstance(kind, type) and issubclass(kind, pl.Callback)]
-    for kind in ours:
+    for kind in [*ours, Gradients]:
         hooks = {name for name in vars(kind) if name.startswith("on_")}
         assert hooks <= set(Together.HOOKS), kind
 

@@ -45,7 +45,7 @@ def test_a_step_gives_the_weighted_sum_and_keeps_the_parts():
     total = module.training_step(batch(**{"teacher.logits": torch.rand(4, 3)}), 0)
     assert set(module.parts) == {"ce", "kd"}
     torch.testing.assert_close(total, 0.25 * module.parts["ce"] + 0.75 * module.parts["kd"])
-    assert module.norms == {}
+    assert module.gradients == {}
 
 
 def test_gradient_norms_are_those_of_a_linear_net_by_hand():
@@ -59,24 +59,24 @@ def test_gradient_norms_are_those_of_a_linear_net_by_hand():
         nn.init.zeros_(parameter)
     terms = {"ce": label_term(0.1), "kd": teacher_term(0.9, temperature=2.0)}
     module = distiller(terms, student, stored=True)
-    module.norms_due = True
+    module.gradients_due = True
     one = {"image": torch.tensor([[[[1.0, 2.0]]]]), "target": torch.tensor([0]), "row": torch.tensor([0])}
     one["teacher.logits"] = torch.tensor([[2.0, 0.0]])
     total = module.training_step(one, 0)
     length = math.sqrt(1 + 4 + 1)
-    assert module.norms["ce"].item() == pytest.approx(0.1 * math.sqrt(0.5) * length, rel=1e-6)
-    assert module.norms["kd"].item() == pytest.approx(0.9 * 2 * 0.2310586 * math.sqrt(2) * length, rel=1e-6)
+    assert module.gradients["grad/ce"].item() == pytest.approx(0.1 * math.sqrt(0.5) * length, rel=1e-6)
+    assert module.gradients["grad/kd"].item() == pytest.approx(0.9 * 2 * 0.2310586 * math.sqrt(2) * length, rel=1e-6)
     # Both pull the same way here, so the gradient of the sum has the sum of the norms.
     total.backward()
     whole = torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None]).norm()
-    assert whole.item() == pytest.approx(sum(norm.item() for norm in module.norms.values()), rel=1e-6)
+    assert whole.item() == pytest.approx(sum(module.gradients[f"grad/{name}"].item() for name in terms), rel=1e-6)
 
 
 def test_asking_for_norms_leaves_the_gradient_as_it_is():
     grads = []
     for due in (False, True):
         module = distiller({"ce": label_term(0.5), "kd": teacher_term(0.5)}, stored=True)
-        module.norms_due = due
+        module.gradients_due = due
         module.training_step(batch(**{"teacher.logits": torch.ones(4, 3).cumsum(1)}), 0).backward()
         grads.append([p.grad.clone() for p in module.student.parameters() if p.grad is not None])
     assert all(a.equal(b) for a, b in zip(*grads, strict=True)) and len(grads[0]) == 2
@@ -92,9 +92,9 @@ def test_a_term_that_does_not_reach_the_student_has_a_norm_of_nothing():
             return self.weight**2
 
     module = distiller({"ce": label_term(0.5), "own": label_term(0.5, Own())})
-    module.norms_due = True
+    module.gradients_due = True
     module.training_step(batch(), 0)
-    assert module.norms["own"].item() == 0 < module.norms["ce"].item()
+    assert module.gradients["grad/own"].item() == 0 < module.gradients["grad/ce"].item()
 
 
 def test_a_teacher_that_is_needed_and_missing_is_an_error():
