@@ -375,7 +375,9 @@ def report(
 
 @app.command("list")
 def list_(
-    what: Annotated[str, typer.Argument(metavar="loss|model|data|fit|pipeline|run|stage|experiments|layers")],
+    what: Annotated[
+        str, typer.Argument(metavar="loss|recipe|model|data|pair|fit|pipeline|run|stage|experiments|layers")
+    ],
     pattern: Annotated[
         str | None, typer.Argument(help="model: a timm pattern such as 'resnet*'; layers: a network's name.")
     ] = None,

@@ -381,7 +381,9 @@ def test_the_last_sweep_is_reported_with_its_failure(kd, store, tmp_path):
     assert [job["status"] for job in data["sweep"]["jobs"]] == ["done", "failed"]
 
 
-@pytest.mark.parametrize("what", ["loss", "data", "fit", "pipeline", "run", "stage", "experiments", "model"])
+@pytest.mark.parametrize(
+    "what", ["loss", "recipe", "pair", "data", "fit", "pipeline", "run", "stage", "experiments", "model"]
+)
 def test_what_can_be_composed_is_listed(what, kd):
     code, out, err = kd("list", what)
     rows = json.loads(kd("list", what, "--json")[1])
