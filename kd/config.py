@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from kd.errors import InputError, nearest, offer
 from kd.instantiate import check_target, signature_errors, targets
 from kd.pipeline.expand import expand
+from kd.schedules import complemented, is_schedule, schedule_of
 from kd.training.settings import Fit, Run, require, typed
 
 STEPS = {"prune", "lowrank", "recover"}  # what a list of compress may name, each a group of its own
@@ -58,13 +59,13 @@ def register() -> None:
     OmegaConf.register_new_resolver("complement", complement, replace=True)
 
 
-def complement(value: float) -> float:
-    """1 - value as a person would write it, exact at 0 and 1.
+def complement(value: Any) -> Any:
+    """1 - value as a person would write it, exact at 0 and 1; of a schedule, the one that goes the other way.
 
     >>> complement(0.9), complement(0), complement(1)
     (0.1, 1.0, 0.0)
     """
-    return round(1.0 - float(value), 12)
+    return complemented(value) if is_schedule(value) else round(1.0 - float(value), 12)
 
 
 @dataclass(frozen=True)
@@ -440,7 +441,7 @@ def checked(raw: Mapping[Any, Any], resolve: Callable[[], Any]) -> dict[str, Any
     for path, text in _strings({k: v for k, v in raw.items() if k != "run"}):
         _reference(path, text)
     for name in ("temperature", "alpha"):  # what is made of them needs numbers
-        if "${" not in str(raw[name]):
+        if "${" not in str(raw[name]) and not is_schedule(raw[name]):
             _number(name, raw[name])
     try:
         resolved = resolve()
@@ -528,9 +529,16 @@ def _pipeline(node: dict[str, Any]) -> None:
 
 def _dials(config: dict[str, Any]) -> None:
     for name in ("temperature", "alpha"):
-        _number(name, config[name])
-    require(config["temperature"] > 0, "temperature", config["temperature"], "greater than 0")
-    require(0 <= config["alpha"] <= 1, "alpha", config["alpha"], "from 0 (labels only) to 1 (teacher only)")
+        values = [config[name]]
+        if is_schedule(config[name]):
+            signature_errors(config[name], name)
+            values = schedule_of(config[name]).ends()
+        for value in values:
+            _number(name, value)
+            if name == "temperature":
+                require(value > 0, name, value, "greater than 0")
+            else:
+                require(0 <= value <= 1, name, value, "from 0 (labels only) to 1 (teacher only)")
     for name in ("seed", "teacher_seed"):
         whole = isinstance(config[name], int) and not isinstance(config[name], bool)
         require(whole and config[name] >= 0, name, config[name], "a whole number, 0 or more")

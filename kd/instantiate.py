@@ -21,6 +21,7 @@ KINDS = {
     "kd.losses.": _MODULE,
     "kd.models.": _MODULE,
     "kd.objective.": "kd.objective.Term",
+    "kd.schedules.": "kd.schedules.Schedule",
     "kd.stages.": "",  # whatever has a VERSION
     "torch.nn.": _MODULE,
     "torch.optim.": "torch.optim.optimizer.Optimizer",

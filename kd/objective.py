@@ -1,24 +1,28 @@
 """What is minimised: named terms, each a loss with its weight and the views it binds to.
 
 A view is one named tensor: `student.logits`, `teacher.logits`, a layer's output such as `student.layer3`, or
-`batch.target`. Terms name views; losses see tensors, and a list of them where a term names a list.
+`batch.target`. Of several teachers the views are `teacher1.logits`, `teacher2.layer3`, …
+Terms name views; losses see tensors, and a list of them where a term names a list.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from kd.errors import InputError, nearest
+from kd.schedules import Schedule
 
 Value = TypeVar("Value")
 
 LOGITS = "logits"
+_NUMBER = r"\d*"  # of one among several teachers
 _SIDES = {"student": "student", "teacher": "teacher", "feature": "student", "target": "batch", "row": "batch"}
 Views = str | Sequence[str]
 
@@ -36,9 +40,11 @@ class Term:
         target: `batch.target`.
         feature: a second view of the student's, for a loss that reads its logits and a layer; or a list of such.
         row: `batch.row`, each sample's place in the split, for a loss that remembers samples.
+        schedule: numbers that change over training, by the path of their field: `weight`, `loss.temperature`.
 
     Raises:
-        InputError: if the weight is negative or no finite number, or a name does not begin as it must.
+        InputError: if the weight is negative or no finite number, a name does not begin as it must, or a field that is
+            scheduled is no number of the loss's.
 
     >>> from kd.losses.logits import CrossEntropy
     >>> Term(CrossEntropy(), 0.1, student="logits", target="batch.target")
@@ -55,6 +61,7 @@ class Term:
     target: str | None = None
     feature: Views | None = None
     row: str | None = None
+    schedule: Mapping[str, Schedule] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse what no batch can mend."""
@@ -68,13 +75,28 @@ class Term:
             side = _SIDES[role]
             several = isinstance(given, Sequence) and not isinstance(given, str) and side != "batch" and len(given) > 0
             for view in given if several else [given]:
-                if isinstance(view, str) and view.startswith(f"{side}.") and view != f"{side}.":
+                if isinstance(view, str) and re.match(rf"{side}{_NUMBER if side == 'teacher' else ''}\..", view):
                     continue
                 example = f"batch.{role}" if side == "batch" else f"{side}.{LOGITS}"
                 raise InputError(
                     f"a term reads {view!r} as its {role}; a name that begins with '{side}.' was meant, such as "
                     f"{example!r}"
                 )
+        for path in self.schedule:
+            if path != "weight":
+                _owners(self.loss, path)
+
+    @property
+    def weighs(self) -> bool:
+        """Whether it ever weighs anything.
+
+        >>> from kd.losses.logits import CrossEntropy
+        >>> from kd.schedules import Linear
+        >>> views = {"student": "student.logits", "target": "batch.target"}
+        >>> Term(CrossEntropy(), 0, **views).weighs, Term(CrossEntropy(), 0, **views, schedule={"weight": Linear(0, 1)}).weighs
+        (False, True)
+        """
+        return any(self.schedule["weight"].ends()) if "weight" in self.schedule else self.weight != 0
 
     def names(self) -> dict[str, Views]:
         """The view's name, or the list of them, for each argument that the loss is given.
@@ -119,12 +141,16 @@ class Objective(nn.Module):
             if not name.isidentifier() or hasattr(nn.ModuleDict(), name):
                 raise InputError(f"a term cannot be called {name!r}; use letters, digits and _, such as 'kd'")
         self.terms: dict[str, Term] = dict(sorted(terms.items()))
-        self.active: dict[str, Term] = {name: term for name, term in self.terms.items() if term.weight != 0}
+        self.active: dict[str, Term] = {name: term for name, term in self.terms.items() if term.weighs}
         if not self.active:
             weightless = f"all weights are 0 ({', '.join(self.terms)})" if self.terms else "there is no term"
             raise InputError(f"the objective has nothing to minimise: {weightless}; give a term a weight above 0")
         self.losses = nn.ModuleDict({name: term.loss for name, term in self.active.items()})
+        self.weights: dict[str, float] = {name: term.weight for name, term in self.active.items()}
         self._scheduled: list[Any] = [term.loss for term in self.active.values() if hasattr(term.loss, "at")]
+        # Without a schedule or a draw, each step asks for the same views.
+        self._same = not any(hasattr(t.loss, "heard") or "weight" in t.schedule for t in self.active.values())
+        self._asked: frozenset[str] | None = None
 
     @property
     def needs_teacher(self) -> bool:
@@ -170,7 +196,7 @@ class Objective(nn.Module):
                 raise InputError(f"the term {name!r} reads {named}: {error}") from error
 
     def at(self, epoch: float, epochs: int) -> None:
-        """Tell each loss that has a schedule where training stands; before a step, whatever the steps before it were.
+        """Set what is scheduled for where training stands; before a step, whatever the steps before it were.
 
         What a loss makes of it is a function of these two numbers alone, so that a resumed run goes on as if it had
         not stopped.
@@ -186,8 +212,38 @@ class Objective(nn.Module):
         >>> objective.losses["dkd"].factor
         0.25
         """
+        for name, term in self.active.items():
+            for path, schedule in term.schedule.items():
+                value = schedule.at(epoch, epochs)
+                if path == "weight":
+                    self.weights[name] = value
+                    continue
+                for owner in _owners(term.loss, path):
+                    setattr(owner, path.rpartition(".")[2], value)
         for loss in self._scheduled:
             loss.at(epoch, epochs)
+
+    @property
+    def now(self) -> list[str]:
+        """The terms of this step: those that weigh something now, or, where none does, all, at their weight of 0."""
+        return [name for name in self.active if self.weights[name] != 0] or list(self.active)
+
+    @property
+    def asks(self) -> frozenset[str]:
+        """The views that the terms of this step read: a net none of whose views is among them need not run.
+
+        >>> from kd.losses.ensemble import RandomChoice
+        >>> from kd.losses.logits import SoftTargetKL
+        >>> teachers = ["teacher1.logits", "teacher2.logits"]
+        >>> term = Term(RandomChoice(SoftTargetKL(4.0)), 1, student="student.logits", teacher=teachers)
+        >>> sorted(Objective({"kd": term}).asks)
+        ['student.logits', 'teacher2.logits']
+        """
+        if self._asked is None or not self._same:
+            terms = [self.active[name] for name in self.now]
+            heard = [_heard(term.loss, role, views) for term in terms for role, views in term.names().items()]
+            self._asked = frozenset(view for views in heard for view in _each(views) if view is not None)
+        return self._asked
 
     def forward(self, views: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar to minimise, and each active term's own loss before its weight.
@@ -202,12 +258,15 @@ class Objective(nn.Module):
             InputError: if a view is missing, or a loss gives no scalar.
         """
         parts: dict[str, Tensor] = {}
-        for name, term in self.active.items():
-            part = term.loss(**{role: _look_up(view, views, name) for role, view in term.names().items()})
+        for name in self.now:
+            term = self.active[name]
+            part = term.loss(
+                **{role: _look_up(_heard(term.loss, role, view), views, name) for role, view in term.names().items()}
+            )
             if part.ndim:
                 raise InputError(f"the loss of the term {name!r} has shape {tuple(part.shape)}; a scalar was meant")
             parts[name] = part
-        weighted = [self.active[name].weight * part for name, part in parts.items()]
+        weighted = [self.weights[name] * part for name, part in parts.items()]
         return sum(weighted[1:], start=weighted[0]), parts
 
 
@@ -215,9 +274,37 @@ def _each(views: Views) -> Sequence[str]:
     return [views] if isinstance(views, str) else views
 
 
-def _look_up(view: Views, found: Mapping[str, Value], term: str) -> Value | list[Value]:
+def _heard(loss: nn.Module, role: str, views: Views) -> Any:
+    """The views as they are named, with None for each that a loss which draws among teachers leaves out of this step."""
+    if role != "teacher" or isinstance(views, str) or not hasattr(loss, "heard"):
+        return views
+    heard = loss.heard(len(views))
+    return [view if index in heard else None for index, view in enumerate(views)]
+
+
+def _owners(loss: nn.Module, path: str) -> list[nn.Module]:
+    """What holds the number at a path such as `loss.temperature`: a loss, one inside it, or copies of that.
+
+    Raises:
+        InputError: if there is no such number.
+    """
+    (_, *inner, last), owners = path.split("."), [loss]
+    for name in inner:
+        found = [getattr(owner, name, None) for owner in owners]
+        owners = [one for part in found for one in (part if isinstance(part, nn.ModuleList) else [part])]
+    for owner in owners:
+        value = getattr(owner, last, None)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise InputError(
+                f"{path} cannot be scheduled: {type(owner).__name__} holds no number of that name; write a number, or "
+                "schedule the term's weight"
+            )
+    return owners
+
+
+def _look_up(view: Any, found: Mapping[str, Value], term: str) -> Any:
     if not isinstance(view, str):
-        return [_one(name, found, term) for name in view]
+        return [None if name is None else _one(name, found, term) for name in view]
     return _one(view, found, term)
 
 

@@ -18,6 +18,7 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("errors", "names"),
     ("store",),
     ("losses", "compress", "instantiate"),
+    ("schedules",),
     ("objective", "models", "data", "tasks"),
     ("training",),
     ("stages",),

@@ -310,23 +310,23 @@ class Each(nn.Module):
         if not (isinstance(drop, int) and not isinstance(drop, bool) and drop >= 0):
             raise InputError(f"drop is {drop!r}; it must be a whole number of teachers, 0 or more")
         self.reduce, self.drop, self.seed, self.views = reduce, drop, _seed(seed), views
-        self.losses = nn.ModuleList([loss])
+        self.loss = nn.ModuleList([loss])  # a copy for each teacher, once they are known
         self.position = 0.0
 
     def bind(self, student_shape: Any, teacher_shapes: Sequence[Any], *others: Any) -> None:
         """Make a copy of the loss for each teacher, and let each make its own parts; a second time it does nothing."""
-        if len(self.losses) > 1:
+        if len(self.loss) > 1:
             return
         each = self._grouped(teacher_shapes)
-        self.losses.extend(copy.deepcopy(self.losses[0]) for _ in each[1:])
-        for loss, shape in zip(self.losses, each, strict=True):
+        self.loss.extend(copy.deepcopy(self.loss[0]) for _ in each[1:])
+        for loss, shape in zip(self.loss, each, strict=True):
             if callable(bind := getattr(loss, "bind", None)):
                 bind(student_shape, shape, *others)
 
     def at(self, epoch: float, epochs: int) -> None:
         """Draw for where training stands, and pass it on."""
         self.position = float(epoch)
-        for loss in self.losses:
+        for loss in self.loss:
             _tell(loss, epoch, epochs)
 
     def heard(self, count: int) -> list[int]:
@@ -341,10 +341,10 @@ class Each(nn.Module):
             InputError: if `bind` was not called, or for other teachers.
         """
         each = self._grouped([teacher] if isinstance(teacher, Tensor) else list(teacher))
-        if len(self.losses) != len(each):
-            raise InputError(f"{len(self.losses)} losses meet {len(each)} teachers; call bind(student, teachers) first")
+        if len(self.loss) != len(each):
+            raise InputError(f"{len(self.loss)} losses meet {len(each)} teachers; call bind(student, teachers) first")
         kept = self._kept(len(each))
-        parts = [_against(self.losses[i], student, each[i], others) for i in kept]
+        parts = [_against(self.loss[i], student, each[i], others) for i in kept]
         total = sum(parts[1:], start=parts[0])
         return total / len(kept) if self.reduce == "mean" else total
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from kd.errors import InputError, nearest
 from kd.instantiate import check_target, instantiate, resolve, signature_errors, targets
+from kd.schedules import is_schedule, schedule_of
 from kd.stages.labels import too_small
 from kd.store import Store, digest, document, plain, short, with_neutral
 from kd.training.settings import Fit, Run, typed
@@ -154,10 +155,16 @@ def _dials(config: Mapping[str, Any], last: Mapping[str, Any]) -> dict[str, Any]
     """The dials as the run uses them: a temperature set inside a term beats the dial, two of them make it unsaid."""
     dials = {name: config[name] for name in ("temperature", "alpha", "seed") if name in config}
     losses = [term.get("loss", {}) for term in last.get("objective", {}).values() if isinstance(term, dict)]
-    used = {loss["temperature"] for loss in losses if isinstance(loss, dict) and "temperature" in loss}
+    used = {_said(loss["temperature"]) for loss in losses if isinstance(loss, dict) and "temperature" in loss}
+    dials = {name: _said(value) for name, value in dials.items()}
     if used:
         dials["temperature"] = used.pop() if len(used) == 1 else None
     return {name: value for name, value in dials.items() if value is not None}
+
+
+def _said(value: Any) -> Any:
+    """A dial as it is told: a schedule in words."""
+    return str(schedule_of(value)) if is_schedule(value) else value
 
 
 def _fit(node: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any, TypeAlias
 
+from kd.schedules import weighs
 from kd.store import short
 
 Card: TypeAlias = Mapping[str, Any]
@@ -242,7 +243,7 @@ def _row(card: Card, known: Mapping[str, Card], teachers: set[str], alone: Mappi
 
 def _loss(terms: Mapping[str, Any]) -> str | None:
     """The terms that were heard, by name."""
-    return "+".join(sorted(name for name, term in terms.items() if float(term.get("weight", 1)) != 0)) or None
+    return "+".join(sorted(name for name, term in terms.items() if weighs(term.get("weight", 1)))) or None
 
 
 def _role(card: Card, teachers: set[str]) -> str:

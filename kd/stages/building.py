@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kd.errors import InputError
+from kd.schedules import parted, replaced, schedule_of
 from kd.stages.base import Config, Room
 
 if TYPE_CHECKING:
@@ -28,10 +29,10 @@ def build(model: Config, data: Config, splits: Splits | None, seed: int, room: R
 
 
 def build_objective(config: Config, room: Room) -> Objective:
-    """The terms that a config describes.
+    """The terms that a config describes; each number of a schedule's is one that its loss would take.
 
     Raises:
-        InputError: if a term is none, or nothing is to be minimised.
+        InputError: if a term is none, a number is out of its range, or nothing is to be minimised.
     """
     from kd.instantiate import instantiate
     from kd.objective import Objective
@@ -39,6 +40,14 @@ def build_objective(config: Config, room: Room) -> Objective:
     if "loss" in config:
         raise InputError("a term cannot be called 'loss': that is the name of the sum in records and loggers")
     try:
-        return Objective(instantiate(config, room.run.trusted))
+        terms = {}
+        for name, term in config.items():
+            plain, scheduled = parted(term)
+            for path, node in scheduled.items():
+                for value in schedule_of(node).ends():
+                    instantiate(replaced(plain, path, value), room.run.trusted)
+            # Without a schedule the config goes through as it is: a class of the user's own need not know of them.
+            terms[name] = {**plain, "schedule": scheduled} if scheduled else plain
+        return Objective(instantiate(terms, room.run.trusted))
     except (TypeError, ValueError) as error:
         raise InputError(f"loss: {error}") from error

@@ -114,7 +114,7 @@ class Distil:
         """Stored soft labels serve views that come again, and of these the logits and the features that were kept."""
         if "labels" not in inputs:
             return {}
-        heard = [term for term in config["objective"].values() if float(term.get("weight", 1)) != 0]
+        heard = [term for term in config["objective"].values() if weighs(term.get("weight", 1))]
         if not any(term.get("teacher") for term in heard):
             return {"labels": "no term of a weight above 0 hears the teacher"}
         if config.get("live"):
@@ -136,7 +136,7 @@ class Distil:
                 )
         kept = {f"teacher.{path.removesuffix(POOLED)}{POOLED}" for path in inputs["labels"].get("features") or ()}
         for name, term in config["objective"].items():
-            if float(term.get("weight", 1)) == 0 or not term.get("teacher"):
+            if not weighs(term.get("weight", 1)) or not term.get("teacher"):
                 continue
             for view in term["teacher"] if isinstance(term["teacher"], list) else [term["teacher"]]:
                 if view != "teacher.logits" and view not in kept:

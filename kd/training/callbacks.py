@@ -79,7 +79,7 @@ class Recorder(pl.Callback):
         self.epochs: list[dict[str, Any]] = []
         self.resumed: list[int] = []
         self.sums: dict[str, Tensor] = {}
-        self.count = 0
+        self.counts: dict[str, int] = {}  # a term that a schedule leaves out of a step is not in that step's sum
         self.sound = 0  # the last step at which all was seen to be finite
 
     def state_dict(self) -> dict[str, Any]:
@@ -89,7 +89,7 @@ class Recorder(pl.Callback):
             "epochs": self.epochs,
             "resumed": self.resumed,
             "sums": {name: value.item() for name, value in self.sums.items()},
-            "count": self.count,
+            "counts": dict(self.counts),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -97,7 +97,7 @@ class Recorder(pl.Callback):
         self.losses, self.epochs = list(state_dict["losses"]), [dict(e) for e in state_dict["epochs"]]
         self.resumed = list(state_dict["resumed"])
         self.sums = {name: torch.tensor(v, dtype=torch.float64) for name, v in state_dict["sums"].items()}
-        self.count = int(state_dict["count"])
+        self.counts = {name: int(value) for name, value in state_dict["counts"].items()}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Drop the lines that a killed run wrote after its last checkpoint."""
@@ -132,7 +132,7 @@ class Recorder(pl.Callback):
                 self.sums[name] = self.sums[name].to(value.device).add_(value.detach())
             else:
                 self.sums[name] = value.detach().double()
-        self.count += 1
+            self.counts[name] = self.counts.get(name, 0) + 1
         due = self.due(step)
         # On the CPU reading a number is free; on a GPU it would make each step wait, so there only where one is due.
         # The sum of an epoch stays not finite once a step was.
@@ -182,12 +182,12 @@ class Recorder(pl.Callback):
         """Close the epoch: means, validation metrics, weights digest."""
         module, step = _distiller(pl_module), trainer.global_step
         self.check_losses(module, step)
-        means = {f"train/{name}": value.item() / self.count for name, value in self.sums.items()}
+        means = {f"train/{name}": value.item() / self.counts[name] for name, value in self.sums.items()}
         valid = {f"val/{n}": v for n, v in module.validation.items() if isinstance(v, (int, float))}
         lr = trainer.optimizers[0].param_groups[0]["lr"]
         epoch = {"epoch": trainer.current_epoch, "step": step, "lr": lr, **means, **valid}
         self.epochs.append({**epoch, "weights": weights_digest(module.student.net)})
-        self.sums, self.count = {}, 0
+        self.sums, self.counts = {}, {}
         module.validation = {}
         self.write(trainer, step, {f"epoch/{k}" if k.startswith("train/") else k: v for k, v in epoch.items()})
 

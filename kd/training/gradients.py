@@ -88,16 +88,18 @@ class Gradients(pl.Callback):
         self.recorder, self.every = recorder, recorder.log_every if every is None else every
         self.epochs: list[dict[str, Any]] = []
         self.sums: dict[str, float] = {}
+        self.counts: dict[str, int] = {}  # a schedule may leave a term out of some steps
         self.count = 0
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, so that a resumed run goes on with the same means."""
-        return {"epochs": self.epochs, "sums": self.sums, "count": self.count}
+        return {"epochs": self.epochs, "sums": self.sums, "counts": self.counts, "count": self.count}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take them from the checkpoint."""
         self.epochs = [dict(epoch) for epoch in state_dict["epochs"]]
-        self.sums, self.count = dict(state_dict["sums"]), int(state_dict["count"])
+        self.sums, self.counts = dict(state_dict["sums"]), dict(state_dict["counts"])
+        self.count = int(state_dict["count"])
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
         """Ask where the step that begins is due: each term costs a backward pass more."""
@@ -111,7 +113,9 @@ class Gradients(pl.Callback):
         numbers = torch.stack([value.double() for value in pl_module.gradients.values()]).tolist()
         row = dict(zip(names, numbers, strict=True))
         if all(map(math.isfinite, numbers)):  # a loss of no finite slope is told by the recorder, with its step
-            self.sums = {name: self.sums.get(name, 0.0) + value for name, value in row.items()}
+            for name, value in row.items():
+                self.sums[name] = self.sums.get(name, 0.0) + value
+                self.counts[name] = self.counts.get(name, 0) + 1
             self.count += 1
         if not self.recorder.due(step):
             self.recorder.write(trainer, step, {**row, "epoch": (step - 1) // self.recorder.steps_per_epoch})
@@ -119,6 +123,6 @@ class Gradients(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Close the epoch's means, where it had any."""
         if self.count:
-            means = {name: value / self.count for name, value in self.sums.items()}
+            means = {name: value / self.counts[name] for name, value in self.sums.items()}
             self.epochs.append({"epoch": trainer.current_epoch, "count": self.count, **means})
-        self.sums, self.count = {}, 0
+        self.sums, self.counts, self.count = {}, {}, 0

@@ -137,8 +137,8 @@ def test_a_random_choice_asks_one_teacher_and_draws_again_at_each_step() -> None
 def test_each_teacher_has_its_own_copy_of_what_is_trained() -> None:
     loss = Each(Hint())
     loss.bind((2, 3), [(2, 5), (2, 7)])
-    assert len(loss.losses) == 2
-    first, second = loss.losses
+    assert len(loss.loss) == 2
+    first, second = loss.loss
     assert {p.shape for p in first.parameters()} != {p.shape for p in second.parameters()}
     student, teachers = torch.randn(2, 3), [torch.randn(2, 5), torch.randn(2, 7)]
     meant = (first(student=student, teacher=teachers[0]) + second(student=student, teacher=teachers[1])) / 2
