@@ -92,9 +92,9 @@ class Term:
 
         >>> from kd.losses.logits import CrossEntropy
         >>> from kd.schedules import Linear
-        >>> views = {"student": "student.logits", "target": "batch.target"}
-        >>> Term(CrossEntropy(), 0, **views).weighs, Term(CrossEntropy(), 0, **views, schedule={"weight": Linear(0, 1)}).weighs
-        (False, True)
+        >>> rises = {"weight": Linear(0, 1)}
+        >>> Term(CrossEntropy(), 0, "student.logits", target="batch.target", schedule=rises).weighs
+        True
         """
         return any(self.schedule["weight"].ends()) if "weight" in self.schedule else self.weight != 0
 
@@ -275,22 +275,24 @@ def _each(views: Views) -> Sequence[str]:
 
 
 def _heard(loss: nn.Module, role: str, views: Views) -> Any:
-    """The views as they are named, with None for each that a loss which draws among teachers leaves out of this step."""
-    if role != "teacher" or isinstance(views, str) or not hasattr(loss, "heard"):
+    """The views as they are named, None for each that a loss which draws among teachers leaves out of this step."""
+    draw: Any = getattr(loss, "heard", None)
+    if role != "teacher" or isinstance(views, str) or draw is None:
         return views
-    heard = loss.heard(len(views))
+    heard = draw(len(views))
     return [view if index in heard else None for index, view in enumerate(views)]
 
 
-def _owners(loss: nn.Module, path: str) -> list[nn.Module]:
+def _owners(loss: nn.Module, path: str) -> list[Any]:
     """What holds the number at a path such as `loss.temperature`: a loss, one inside it, or copies of that.
 
     Raises:
         InputError: if there is no such number.
     """
-    (_, *inner, last), owners = path.split("."), [loss]
+    owners: list[Any] = [loss]
+    _, *inner, last = path.split(".")
     for name in inner:
-        found = [getattr(owner, name, None) for owner in owners]
+        found: list[Any] = [getattr(owner, name, None) for owner in owners]
         owners = [one for part in found for one in (part if isinstance(part, nn.ModuleList) else [part])]
     for owner in owners:
         value = getattr(owner, last, None)

@@ -233,7 +233,10 @@ def complemented(node: Mapping[str, Any]) -> dict[str, Any]:
     >>> complemented({"_target_": "kd.schedules.Linear", "start": 0.9, "end": 0})
     {'_target_': 'kd.schedules.Linear', 'start': 0.1, 'end': 1.0}
     """
-    turn = lambda value: round(1.0 - float(value), 12)  # noqa: E731
+
+    def turn(value: float) -> float:
+        return round(1.0 - float(value), 12)
+
     found = dict(node)
     for name in ("start", "end"):
         if name in found:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from kd.errors import InputError
 from kd.names import POOLED
+from kd.schedules import weighs
 from kd.stages.assembly import assemble
 from kd.stages.base import Config, Room, Stage
 from kd.stages.building import build, build_objective
