@@ -17,6 +17,7 @@ import kd.data.readers
 import kd.losses.across
 import kd.losses.boundary
 import kd.losses.contrastive
+import kd.losses.collaborative
 import kd.losses.ensemble
 import kd.losses.feature
 import kd.losses.flow
