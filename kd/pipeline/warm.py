@@ -16,8 +16,8 @@ import kd.data.augment
 import kd.data.readers
 import kd.losses.across
 import kd.losses.boundary
-import kd.losses.contrastive
 import kd.losses.collaborative
+import kd.losses.contrastive
 import kd.losses.ensemble
 import kd.losses.feature
 import kd.losses.flow
