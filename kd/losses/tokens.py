@@ -1,13 +1,14 @@
 """A mean over tokens that never holds more than a piece of the vocabulary's distributions.
 
-(8, 1024, 50257) logits are 0.8 GB in half precision and twice that in single, and autograd would keep several such for
-one divergence. Here it keeps the inputs alone and computes each piece again for the gradient: beside that gradient, in
-the student's own precision, it needs a few hundred MB.
+(8, 1024, 50257) logits are 0.77 GiB in half precision and twice that in single, and autograd would keep several such
+for one divergence. Here it keeps the inputs alone and computes each piece again for the gradient: beside that gradient,
+in the student's own precision, it needs some 0.2 GiB. What fits into one piece is computed once, value and gradient.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from types import EllipsisType
 from typing import Any
 
 import torch
@@ -39,7 +40,8 @@ def token_mean(each: Pointwise, student: Tensor, others: Sequence[Tensor], targe
     >>> token_mean(lambda z: z.sum(dim=-1), logits, (), torch.tensor([0, 1, -100]))
     tensor(9.)
     """
-    found: Tensor = _TokenMean.apply(student, _counts(target, student), each, *others)
+    wanted = torch.is_grad_enabled() and student.requires_grad
+    found: Tensor = _TokenMean.apply(student, _counts(target, student), each, wanted, *others)
     return found
 
 
@@ -87,41 +89,66 @@ def pieces(shape: Sequence[int]) -> Iterator[tuple[slice, ...]]:
 
 
 class _TokenMean(torch.autograd.Function):
-    """The mean, and a gradient that computes each piece again."""
+    """The mean, and a gradient that is known at once for one piece and computed again for each of several."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, counts: Tensor, each: Pointwise, *others: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, student: Tensor, counts: Tensor | None, each: Pointwise, wanted: bool, *others: Tensor
+    ) -> Tensor:
+        tokens = student.shape[:-1].numel() if counts is None else counts.sum().clamp(min=1)
+        ctx.each, ctx.tokens = each, tokens
+        ctx.whole = wanted and student.numel() <= PIECE
+        if ctx.whole:
+            total, gradient = _slope(each, student, counts, others, ...)
+            ctx.save_for_backward(gradient)
+            ctx.dtype = student.dtype
+            return total / tokens
         ctx.save_for_backward(student, counts, *others)
-        ctx.each = each
         total = checks.widened(student.new_zeros(()))
         for at in pieces(student.shape):
             total = total + _sum(each, checks.widened(student[at]), counts, others, at)
-        return total / counts.sum().clamp(min=1)
+        return total / tokens
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
+        scale = outer / ctx.tokens
+        if ctx.whole:
+            (found,) = ctx.saved_tensors
+            return ((scale * found).to(ctx.dtype), *(None for _ in ctx.needs_input_grad[1:]))
         student, counts, *others = ctx.saved_tensors
-        scale = outer / counts.sum().clamp(min=1)
-        gradient = torch.empty_like(student)
+        gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
         for at in pieces(student.shape):
-            with torch.enable_grad():
-                part = checks.widened(student[at]).detach().requires_grad_()
-                (found,) = torch.autograd.grad(_sum(ctx.each, part, counts, others, at), part)
-            # Not found times the mask: what stands at a token that does not count may be NaN.
-            gradient[at] = torch.where(counts[at][..., None], scale * found, 0.0)
-        return (gradient, *(None for _ in range(2 + len(others))))
+            gradient[at] = scale * _slope(ctx.each, student[at], counts, others, at)[1]
+        return (gradient, *(None for _ in ctx.needs_input_grad[1:]))
 
 
-def _sum(each: Pointwise, part: Tensor, counts: Tensor, others: Sequence[Tensor], at: tuple[slice, ...]) -> Tensor:
+# A piece's place: slices, or all of it.
+Place = tuple[slice, ...] | EllipsisType
+
+
+def _sum(each: Pointwise, part: Tensor, counts: Tensor | None, others: Sequence[Tensor], at: Place) -> Tensor:
+    """Over the tokens of a piece that count."""
     found = each(part, *(checks.widened(values[at]).detach() for values in others))
-    return torch.where(counts[at], found, 0.0).sum()
+    return found.sum() if counts is None else torch.where(counts[at], found, 0.0).sum()
 
 
-def _counts(target: Tensor | None, student: Tensor) -> Tensor:
-    """True for each token that counts."""
+def _slope(
+    each: Pointwise, student: Tensor, counts: Tensor | None, others: Sequence[Tensor], at: Place
+) -> tuple[Tensor, Tensor]:
+    """The sum over a piece's tokens, and its gradient on the logits of that piece."""
+    with torch.enable_grad():
+        part = checks.widened(student).detach().requires_grad_()
+        total = _sum(each, part, counts, others, at)
+        (found,) = torch.autograd.grad(total, part)
+    # Not found times the mask: what stands at a token that does not count may be NaN.
+    return total.detach(), found if counts is None else torch.where(counts[at][..., None], found, 0.0)
+
+
+def _counts(target: Tensor | None, student: Tensor) -> Tensor | None:
+    """True for each token that counts; None where all do."""
     if target is None:
-        return torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device)
+        return None
     if target.shape != student.shape[:-1] or target.is_floating_point():
         raise InputError(
             f"the target is {str(target.dtype).removeprefix('torch.')} of shape {tuple(target.shape)}; logits of shape "

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn, tensor
 from torch.testing import assert_close
 
+from kd.benching.memory import peak_bytes
 from kd.errors import InputError
+from kd.losses import tokens
 from kd.losses.checks import BadValue
 from kd.losses.logits import soft_target_kl
 from kd.losses.sequence import (
@@ -266,3 +268,56 @@ def test_a_number_out_of_range_is_refused_in_one_line(make: Callable[[], nn.Modu
     with pytest.raises(BadValue, match=words.replace(".", r"\.")) as caught:
         make()
     assert "\n" not in str(caught.value)
+
+
+MODULES = (ForwardKL, ReverseKL, SymmetricKL, GeneralisedJSD, SkewForwardKL, SkewReverseKL, TotalVariation, TopKKL)
+HELD = 12  # pieces in single precision that a loss may hold beside the gradient
+
+
+def rows(tokens: int, classes: int, dtype: torch.dtype, phase: int = 0) -> Tensor:
+    """Logits (8, tokens / 8, classes) that share their memory: each row is the one before, shifted by one."""
+    numbers = 3 * torch.randn(tokens + classes + phase, generator=torch.Generator().manual_seed(0))
+    return numbers.to(dtype)[phase:].unfold(0, classes, 1)[:tokens].view(8, tokens // 8, classes)
+
+
+def beyond_the_inputs(loss: Callable[..., Tensor], student: Tensor, *others: Tensor) -> tuple[int, int]:
+    """The most bytes that value and gradient hold beside logits and labels, and what a gradient alone needs."""
+    leaf = student.detach().requires_grad_()
+    peak = peak_bytes(lambda: loss(leaf, *others).backward())
+    assert leaf.grad is not None and leaf.grad.shape == student.shape and leaf.grad.dtype is student.dtype
+    assert leaf.grad[-1, -1].abs().sum() > 0
+    return peak, leaf.grad.nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", MODULES)
+def test_beside_the_gradient_a_loss_holds_a_few_pieces(
+    kind: type[nn.Module], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokens, "PIECE", 2**12)
+    target = torch.arange(1024).view(8, 128)
+    peak, gradient = beyond_the_inputs(kind(), rows(1024, 500, dtype), rows(1024, 500, dtype, 7), target)
+    kept = target.numel() * (1 + 64 * 12)  # the mask, and top_k's numbers and indices
+    assert gradient < peak < gradient + HELD * 2**12 * 4 + kept
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", MODULES)
+def test_the_logits_of_gpt2_need_less_than_four_gigabytes_beside_them(
+    kind: type[nn.Module], dtype: torch.dtype
+) -> None:
+    student, teacher = rows(8192, 50257, dtype), rows(8192, 50257, dtype, 77)
+    peak, gradient = beyond_the_inputs(kind(), student, teacher, torch.zeros(8, 1024, dtype=torch.long))
+    assert gradient == 8 * 1024 * 50257 * dtype.itemsize
+    assert peak < gradient + HELD * tokens.PIECE * 4 < 4 * 2**30
+    if dtype is torch.bfloat16:  # with the logits of both, too; in single precision these alone are 3.07 GiB
+        assert peak + 2 * gradient < 4 * 2**30
+
+
+@pytest.mark.slow
+def test_with_a_stored_top_of_the_teacher_all_fits_into_four_gigabytes_in_single_precision() -> None:
+    student = rows(8192, 50257, torch.float32)
+    values, indices = top_k(rows(8192, 50257, torch.bfloat16, 77), 64)
+    peak, gradient = beyond_the_inputs(lambda s: top_k_kl(s, values, indices), student)
+    assert gradient + values.nbytes + indices.nbytes + peak < 4 * 2**30
