@@ -36,7 +36,8 @@ def peak_bytes(work: Callable[[], object], device: torch.device | str = "cpu") -
         torch.cuda.synchronize(device)
         peak: int = torch.cuda.max_memory_allocated(device)
         return peak - before
-    with _Storages() as storages:
+    storages = _Storages()
+    with storages:
         work()
     return storages.peak
 
