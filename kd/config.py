@@ -451,7 +451,13 @@ def checked(raw: Mapping[Any, Any], resolve: Callable[[], Any]) -> dict[str, Any
     plain = {str(k): v for k, v in resolved.items()}
     for path, text in _strings({k: v for k, v in plain.items() if k not in ("run", "pipeline")}):
         if text == "???":
-            hint = ", e.g. student.conv3 (`kd list layers NAME` names a network's layers)" if ".hint." in path else ""
+            role = path.rpartition(".")[2]
+            side = (
+                {"student": "student", "feature": "student", "teacher": "teacher"}.get(role)
+                if "loss." in path
+                else None
+            )
+            hint = f", e.g. {side}.last (`kd list layers NAME` names a network's layers)" if side else ""
             raise InputError(f"{path} is not set: give it a value{hint}")
     for key in sorted(ROOT_KEYS):
         if not isinstance(plain[key], dict):

@@ -57,6 +57,12 @@ def say(line: str) -> None:
     console.print(line, soft_wrap=True)
 
 
+def repeat(event: dict[str, Any]) -> None:
+    """Say what a job's process has to say."""
+    if event.get("event") == "say":
+        say(escape(event["line"]))
+
+
 def planned(words: list[str], multirun: bool, config_dir: str | None) -> tuple[list[Plan], list[Job], Run, bool]:
     """The plans of all jobs a command line asks for."""
     found, sweep = jobs(split_words(words)[0], multirun, config_dir)
@@ -96,7 +102,7 @@ def launch(
         writable(store.root)
         children.warm()
         with console.status("checking every job") if console.is_terminal else contextlib.nullcontext():
-            outcome = children.call(check_jobs, missing, run)
+            outcome = children.call(check_jobs, missing, run, tell=repeat)
         if outcome["status"] != "done":
             raise _as_error(outcome)
     names = labels(p.overrides for p in plans) if is_sweep else [""]

@@ -82,7 +82,8 @@ def _term(name: str) -> dict[str, Any]:
     assert isinstance(node, dict)
     term = node[name]
     layers = {"student": "student.<layer>", "teacher": "teacher.<layer>", "feature": "student.<layer>"}
-    views = [layers[k] if term[k] == "???" else str(term[k]) for k in (*layers, "target", "row") if k in term]
+    named = [layers[k] if term[k] == "???" else term[k] for k in (*layers, "target", "row") if k in term]
+    views = [str(view) for several in named for view in (several if isinstance(several, list) else [several])]
     module = str(term["loss"]["_target_"]).split(".")[-2]
     # ${alpha} and ${complement:${alpha}}, as one would say them.
     weight = re.sub(r"\$\{(\w+)\}", r"\1", str(term["weight"]))

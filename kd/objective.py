@@ -1,7 +1,8 @@
 """What is minimised: named terms, each a loss with its weight and the views it binds to.
 
 A view is one named tensor: `student.logits`, `teacher.logits`, a layer's output such as `student.layer3`, or
-`batch.target`. Of several teachers the views are `teacher1.logits`, `teacher2.layer3`, …
+`batch.target`; or a part that any network has, such as `student.last`, or several, `student.stages` (`kd.names`). Of
+several teachers the views are `teacher1.logits`, `teacher2.layer3`, …
 Terms name views; losses see tensors, and a list of them where a term names a list.
 """
 
@@ -9,13 +10,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from kd import binding
+from kd.binding import Finds, Views
+from kd.binding import each as _each
 from kd.errors import InputError, nearest
 from kd.schedules import Schedule
 
@@ -24,7 +29,6 @@ Value = TypeVar("Value")
 LOGITS = "logits"
 _NUMBER = r"\d*"  # of one among several teachers
 _SIDES = {"student": "student", "teacher": "teacher", "feature": "student", "target": "batch", "row": "batch"}
-Views = str | Sequence[str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,6 +161,51 @@ class Objective(nn.Module):
         """Whether an active term reads a view of the teacher's."""
         return any(term.teacher is not None for term in self.active.values())
 
+    def names_parts(self, side: str) -> bool:
+        """Whether an active term names a part of that side's network, so that `resolve` needs its outline.
+
+        >>> from kd.losses.logits import CrossEntropy
+        >>> Objective({"ce": Term(CrossEntropy(), 1, student="student.last")}).names_parts("student")
+        True
+        """
+        return any(binding.parts(term.names(), side) for term in self.active.values())
+
+    def resolve(self, outlines: Mapping[str, Finds], stored: Collection[str] = ()) -> None:
+        """Put the layers of each part in its place; before `paths` and `bind`.
+
+        A list of stages that is longer than the other side's loses its shallowest ones.
+
+        Args:
+            outlines: side to what knows its network's parts.
+            stored: views of a teacher that is not asked.
+
+        Raises:
+            InputError: if a network has no such part.
+        """
+        for name, term in list(self.active.items()):
+            try:
+                found = binding.resolved(term.names(), outlines, stored, uneven=getattr(term.loss, "UNEVEN", False))
+            except InputError as error:
+                raise InputError(f"the term {name!r}: {error}") from error
+            self._renamed(name, found)
+
+    def lay(self, shapes: Mapping[str, Sequence[int]]) -> list[str]:
+        """Read tokens as maps where a loss, or the other side, has maps; returns the views that are new by that.
+
+        Args:
+            shapes: view name to shape, batch first.
+        """
+        before = {view for term in self.active.values() for views in term.names().values() for view in _each(views)}
+        for name, term in list(self.active.items()):
+            self._renamed(name, binding.laid(term.names(), shapes, getattr(term.loss, "READS", None)))
+        after = {view for term in self.active.values() for views in term.names().values() for view in _each(views)}
+        return sorted(after - before)
+
+    def _renamed(self, name: str, views: Mapping[str, Any]) -> None:
+        term = self.active[name]
+        if term.names() != dict(views):
+            self.active[name] = self.terms[name] = replace(term, **views)
+
     def paths(self, side: str) -> list[str]:
         """The layers of a net that active terms read, sorted: what to tap. Logits are no layer.
 
@@ -181,19 +230,40 @@ class Objective(nn.Module):
             shapes: view name to shape, batch first; that of `batch.row` is how many samples the split has.
 
         Raises:
-            InputError: if a view is not among the shapes, or a loss cannot bridge them.
+            InputError: if a view is not among the shapes, a loss is given a list where it takes one layer or one where
+                it takes a list, or it cannot bridge them.
         """
         for name, term in self.active.items():
             bind = getattr(term.loss, "bind", None)
+            wanted = [view for role, view in term.names().items() if role != "target"]
+            found = [_look_up(view, shapes, name) for view in wanted] if bind is not None else []
+            binding.check_counts(name, term.loss, term.names())
             if bind is None:
                 continue
-            wanted = [view for role, view in term.names().items() if role != "target"]
-            found = [_look_up(view, shapes, name) for view in wanted]
-            named = " and ".join(view for views in wanted for view in _each(views))
             try:
                 bind(*found)
             except InputError as error:
-                raise InputError(f"the term {name!r} reads {named}: {error}") from error
+                raise InputError(f"{binding.described(name, term.names(), shapes)}: {error}") from error
+
+    def rehearse(self, views: Mapping[str, Tensor]) -> None:
+        """Compute each term once, without a trace: what a loss would refuse in the first step it refuses here.
+
+        Args:
+            views: name to tensor, of two samples or more.
+
+        Raises:
+            InputError: naming the term, its views and their shapes.
+        """
+        training = self.training
+        shapes = {name: view.shape for name, view in views.items()}
+        try:
+            with torch.no_grad():
+                for name, term in self.eval().active.items():
+                    given = {role: _look_up(view, views, name) for role, view in term.names().items()}
+                    said = binding.described(name, term.names(), shapes)
+                    binding.tried(partial(term.loss, **given), said)
+        finally:
+            self.train(training)
 
     def at(self, epoch: float, epochs: int) -> None:
         """Set what is scheduled for where training stands; before a step, whatever the steps before it were.
@@ -268,10 +338,6 @@ class Objective(nn.Module):
             parts[name] = part
         weighted = [self.weights[name] * part for name, part in parts.items()]
         return sum(weighted[1:], start=weighted[0]), parts
-
-
-def _each(views: Views) -> Sequence[str]:
-    return [views] if isinstance(views, str) else views
 
 
 def _heard(loss: nn.Module, role: str, views: Views) -> Any:

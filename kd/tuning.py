@@ -18,7 +18,7 @@ from rich.progress import Progress
 
 from kd.config import Job, each, jobs
 from kd.errors import InputError, KDError, offer
-from kd.launch import progress, say, writable
+from kd.launch import progress, repeat, say, writable
 from kd.pipeline import jobs as children
 from kd.pipeline.execute import record_sweep
 from kd.pipeline.plan import Node, Plan, outlook, plan, status
@@ -515,7 +515,7 @@ def _rehearse(plans: list[Plan], run: Run, store: Store) -> None:
     outlook(plans, store, run)
     missing = [one for one in plans if any(status(node, store) != "hit" for node in one.nodes)]
     if missing:
-        outcome = children.call(check_jobs, missing, run)
+        outcome = children.call(check_jobs, missing, run, tell=repeat)
         if outcome["status"] != "done":
             raise (InputError if outcome.get("exit_code") == 2 else KDError)(outcome["error"])
 

@@ -216,7 +216,7 @@ REFUSED = [
     ("pipeline.stages.student=3", "pipeline.stages.student=3 is no stage"),
     ("loss=[]", "loss holds no term; choose some, e.g. loss=[ce,kd]"),
     ("loss.kd=null", "loss.kd=None is no term of the loss: a term is a mapping with _target_"),
-    ("loss=[ce,kd,hint]", "loss.hint.student is not set: give it a value, e.g. student.conv3"),
+    ("loss.kd.student=???", "loss.kd.student is not set: give it a value, e.g. student.last (`kd list layers NAME`"),
     ("run.wandb=of", "run.wandb='of' is none of auto, online, offline, disabled"),
     ("run.store=3", "run.store=3 is no word"),
     ("run.trusted=[3]", "run.trusted=[3]: give names of packages"),

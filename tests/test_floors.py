@@ -17,7 +17,7 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("",),
     ("errors", "names"),
     ("store",),
-    ("losses", "compress", "instantiate"),
+    ("losses", "compress", "instantiate", "binding"),
     ("schedules",),
     ("objective", "models", "data", "tasks"),
     ("training",),

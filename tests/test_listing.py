@@ -25,9 +25,11 @@ def test_a_loss_is_listed_with_what_it_reads_and_weighs():
     rows = {row["name"]: row for row in listing("loss")}
     assert rows["ce"]["weight"] == "1 - alpha" and rows["ce"]["views"] == "student.logits, batch.target"
     assert rows["kd"]["weight"] == "alpha" and rows["kd"]["family"] == "response"
-    assert rows["hint"]["views"] == "student.<layer>, teacher.<layer>"
-    assert rows["uskd"]["views"] == "student.logits, student.<layer>, batch.target"
-    assert rows["crd"]["views"] == "student.<layer>, teacher.<layer>, batch.target, batch.row"
+    assert rows["hint"]["views"] == "student.middle, teacher.middle"
+    assert rows["uskd"]["views"] == "student.logits, student.stage3, batch.target"
+    assert rows["crd"]["views"] == "student.embedding, teacher.embedding, batch.target, batch.row"
+    assert rows["reviewkd"]["views"] == "student.stages, student.embedding, teacher.stages, teacher.embedding"
+    assert rows["pskd"]["views"] == "student.logits, teacher.<layer>, batch.target"
     assert rows["crd"]["family"] == "contrastive"
     assert {rows[name]["family"] for name in ("at", "vid", "fsp", "ofd", "reviewkd")} == {"feature"}
     assert rows["dkd"]["weight"] == "1.0" and rows["dkd"]["views"] == "student.logits, teacher.logits, batch.target"

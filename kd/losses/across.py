@@ -70,6 +70,9 @@ class ReviewKD(nn.Module):
     torch.Size([])
     """
 
+    READS = "maps"
+    GRID = "teacher"  # the student's maps are brought to the teacher's grid
+
     fusions: nn.ModuleList | None
     extra_repr = checks.shown("warmup", "width")
 
@@ -162,6 +165,9 @@ class SemCKD(nn.Module):
     >>> loss(student=student, teacher=[torch.rand(8, 5, 4, 4)]).shape
     torch.Size([])
     """
+
+    READS = "maps"
+    UNEVEN = True  # any numbers of layers
 
     COMPARES_SAMPLES = True
 

@@ -100,6 +100,8 @@ class AB(nn.Module):
     torch.Size([])
     """
 
+    READS = "maps"
+
     connectors: nn.ModuleList | None
     extra_repr = checks.shown("margin")
 
@@ -140,6 +142,8 @@ class OFD(nn.Module):
     >>> loss(student=torch.randn(8, 3, 4, 4), teacher=torch.randn(8, 5, 4, 4)).shape
     torch.Size([])
     """
+
+    READS = "maps"
 
     connectors: nn.ModuleList | None
 

@@ -104,6 +104,8 @@ class Hint(nn.Module):
     torch.Size([])
     """
 
+    READS = "alike"
+
     projection: nn.Module | None
 
     def __init__(self) -> None:
@@ -174,6 +176,8 @@ class VID(nn.Module):
     tensor([5.0000, 5.0000, 5.0000, 5.0000, 5.0000])
     """
 
+    READS = "maps"
+
     connectors: nn.ModuleList | None
     extra_repr = checks.shown("variance")
 
@@ -229,6 +233,8 @@ class MGD(nn.Module):
     >>> loss(student=torch.rand(8, 3, 4, 4), teacher=torch.rand(8, 5, 4, 4)).shape
     torch.Size([])
     """
+
+    READS = "maps"
 
     connectors: nn.ModuleList | None
     generators: nn.ModuleList | None

@@ -88,6 +88,8 @@ class FSP(nn.Module):
     1
     """
 
+    READS = "maps"
+
     connectors: nn.ModuleList | None
 
     def __init__(self) -> None:
@@ -120,6 +122,8 @@ class KDSVD(nn.Module):
     >>> KDSVD().rank
     1
     """
+
+    READS = "maps"
 
     COMPARES_SAMPLES = True
 

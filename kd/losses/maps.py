@@ -2,7 +2,7 @@
 
 Maps (N, C, H, W) of student and teacher may differ in width unless a function says otherwise; where they differ in
 height or width, the larger is averaged down to the smaller. The modules take one layer of each or a list of layers in
-their order, and add the layers up.
+their order, and add the layers up. Those that compare `POSITIONS` find nothing in maps of one.
 """
 
 from __future__ import annotations
@@ -164,6 +164,9 @@ def catkd(student: Tensor, teacher: Tensor, grid: int = 2) -> Tensor:
 class AT(nn.Module):
     """`at` as a term's loss, summed over layers."""
 
+    READS = "maps"
+    POSITIONS = True
+
     def forward(self, student: Layers, teacher: Layers) -> Tensor:
         """The scalar for maps (N, C, H, W) of both, or lists of them."""
         return _summed([at(s, t) for s, t in layers.pairs(student, teacher)])
@@ -171,6 +174,9 @@ class AT(nn.Module):
 
 class ATNorm(nn.Module):
     """`at_norm` as a term's loss, summed over layers."""
+
+    READS = "maps"
+    POSITIONS = True
 
     def forward(self, student: Layers, teacher: Layers) -> Tensor:
         """The scalar for maps (N, C, H, W) of both, or lists of them."""
@@ -180,6 +186,9 @@ class ATNorm(nn.Module):
 class FT(nn.Module):
     """`ft` as a term's loss, summed over layers."""
 
+    READS = "maps"
+    POSITIONS = True
+
     def forward(self, student: Layers, teacher: Layers) -> Tensor:
         """The scalar for maps (N, C, H, W) of both, or lists of them."""
         return _summed([ft(s, t) for s, t in layers.pairs(student, teacher)])
@@ -187,6 +196,9 @@ class FT(nn.Module):
 
 class NST(nn.Module):
     """`nst` as a term's loss, summed over layers."""
+
+    READS = "maps"
+    POSITIONS = True
 
     def forward(self, student: Layers, teacher: Layers) -> Tensor:
         """The scalar for maps (N, C, H, W) of both, or lists of them."""
@@ -201,6 +213,9 @@ class CWD(nn.Module):
     >>> loss(student=torch.rand(8, 3, 4, 4), teacher=torch.rand(8, 5, 4, 4)).shape
     torch.Size([])
     """
+
+    READS = "maps"
+    POSITIONS = True
 
     connectors: nn.ModuleList | None
     extra_repr = checks.shown("temperature")
@@ -231,6 +246,9 @@ class CWD(nn.Module):
 
 class CATKD(nn.Module):
     """`catkd` as a term's loss."""
+
+    READS = "maps"
+    POSITIONS = True
 
     extra_repr = checks.shown("grid")
 
@@ -263,6 +281,8 @@ class ParaphrasedFT(nn.Module):
     >>> loss(student=torch.rand(8, 3, 4, 4), teacher=torch.rand(8, 6, 4, 4)).shape
     torch.Size([])
     """
+
+    READS = "maps"
 
     translator: nn.Module | None
     paraphraser: nn.Module | None

@@ -29,7 +29,8 @@ class Taps:
         net: the plain net, inside any wrapper: paths are those of its `named_modules`.
         paths: of the layers to keep. Behind a path may stand `:input`, for what the layer is given; `:maps`, for tokens
             laid on their grid; `:pooled`, for one vector a sample; `:through:a+b`, for what the layers `a` and `b` make
-            of each position; or several of them, done from left to right.
+            of each position; or several of them, done from left to right. A mapping gives each the
+            name under which it is popped.
 
     Raises:
         InputError: if there is no layer of that path, or no such thing to do with it.
@@ -41,14 +42,15 @@ class Taps:
     torch.Size([4, 3])
     """
 
-    def __init__(self, net: nn.Module, paths: Iterable[str]) -> None:
+    def __init__(self, net: nn.Module, paths: Iterable[str] | Mapping[str, str]) -> None:
         modules = dict(net.named_modules())
         self._taps: dict[str, _Tap] = {}
         self._handles: list[RemovableHandle] = []
-        wanted = {path: _plan(path, modules, net) for path in paths}
-        for path, steps in wanted.items():
-            self._taps[path] = tap = _Tap(path, steps, Layout.of(net))
-            module = modules[names.layer(path)]
+        called = dict(paths) if isinstance(paths, Mapping) else {path: path for path in paths}
+        wanted = {name: _plan(path, modules, net) for name, path in called.items()}
+        for name, steps in wanted.items():
+            self._taps[name] = tap = _Tap(called[name], steps, Layout.of(net))
+            module = modules[names.layer(called[name])]
             if tap.reads_input:
                 self._handles.append(module.register_forward_pre_hook(tap))
             else:

@@ -32,8 +32,10 @@ def build(document: Mapping[str, Any], trusted: list[str] | None = None) -> Any:
     return kind(**with_neutral(document["config"], kind.SINCE))
 
 
-def check(plans: list[Plan], store: Store, run: Run) -> None:
+def check(plans: list[Plan], store: Store, run: Run, tell: Tell = lambda event: None) -> None:
     """Build everything the missing stages will build, once, before any of them starts.
+
+    ``tell`` hears what terms are bound to, each line once.
 
     Raises:
         InputError: at the first that cannot run.
@@ -45,6 +47,13 @@ def check(plans: list[Plan], store: Store, run: Run) -> None:
     company = Company(Turns())
     seen: set[str] = set()
     planned: dict[int, Any] = {}
+    said: set[str] = set()
+
+    def told(event: dict[str, Any]) -> None:
+        if event.get("line") not in said:
+            said.add(event.get("line", ""))
+            tell(event)
+
     for plan in plans:
         stages: dict[str, Any] = {}
         for node in plan.nodes:
@@ -59,7 +68,9 @@ def check(plans: list[Plan], store: Store, run: Run) -> None:
                 shape = node.key
             if artifact is None and shape not in seen:
                 seen.add(shape)
-                stages[node.key].check(inputs, Room(run, store.work(node.key), company=company, planned=planned))
+                stages[node.key].check(
+                    inputs, Room(run, store.work(node.key), tell=told, company=company, planned=planned)
+                )
 
 
 def execute(

@@ -82,5 +82,5 @@ def run_packed(packs: Sequence[Sequence[tuple[int, Plan, Run]]], sweep: str | No
 
 
 def check_jobs(plans: list[Plan], run: Run, tell: Tell) -> None:
-    """Rehearse all plans."""
-    check(plans, Store(run.store), run)
+    """Rehearse all plans; what their terms are bound to is told."""
+    check(plans, Store(run.store), run, tell)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ class Assembly:
         teacher: as it was loaded, whether or not a term hears it.
         views: views of a sample before the first comes again; None: another in each epoch.
         view_seed: of the views, if there are some.
+        bindings: what the terms are bound to, a line each.
     """
 
     module: Distiller
@@ -40,6 +41,7 @@ class Assembly:
     teacher: Normalised | None
     views: int | None
     view_seed: int | None
+    bindings: tuple[str, ...] = ()
 
     @property
     def steps(self) -> int:
@@ -95,7 +97,9 @@ def assemble(
         teacher = None
     elif teacher is None and "teacher" in inputs:
         teacher = load(inputs["teacher"].path)
-    _bind(objective, student, teacher, stage.data, labels, len(split))
+    bindings = _bind(
+        objective, student, teacher, stage.data, labels, len(split), getattr(stage, "teacher_stages", None)
+    )
     module = Distiller(
         student,
         objective,
@@ -105,7 +109,7 @@ def assemble(
         channels_last=fit.channels_last,
     )
     views, view_seed = (getattr(stage, name, None) for name in ("views", "view_seed"))
-    return Assembly(module, fit, split, labels, teacher, views, view_seed)
+    return Assembly(module, fit, split, labels, teacher, views, view_seed, tuple(bindings))
 
 
 def _bind(
@@ -115,17 +119,17 @@ def _bind(
     data: Config,
     labels: StoredLabels | None,
     samples: int,
-) -> None:
+    teacher_stages: Sequence[str] | None,
+) -> list[str]:
     import torch
 
     from kd.stages.image import bind
 
     if labels is None:
-        bind(objective, student, teacher, data, samples=samples)
-        return
+        return bind(objective, student, teacher, data, samples=samples, teacher_stages=teacher_stages)
     # On the CPU still: ranks are forked later, and a process that has touched CUDA cannot be forked.
     two = labels.at(0, torch.arange(2, device=labels.device))
-    bind(objective, student, None, data, {name: value.cpu() for name, value in two.items()}, samples)
+    return bind(objective, student, None, data, {name: value.cpu() for name, value in two.items()}, samples)
 
 
 def stored_labels(artifact: Artifact, split: Split, classes: int) -> StoredLabels:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from kd import names
 from kd.errors import InputError
-from kd.names import POOLED
 from kd.schedules import weighs
 from kd.stages.assembly import assemble
 from kd.stages.base import Config, Room, Stage
+from kd.stages.bindings import lines, reads_stages, views_of
 from kd.stages.building import build, build_objective
 from kd.stages.evaluation import CHOSEN, evaluated, peer_of
 from kd.stages.splits import data_print, load_data
@@ -34,7 +35,7 @@ class Train:
     """Train one network on the labels alone: a teacher, or the student without one."""
 
     VERSION: ClassVar[int] = 1
-    SINCE: ClassVar[dict[str, Any]] = {**FIT_SINCE}
+    SINCE: ClassVar[dict[str, Any]] = {**FIT_SINCE, "model.stages": None}
 
     model: Config
     data: Config
@@ -44,8 +45,8 @@ class Train:
 
     @classmethod
     def settled(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Every field counts."""
-        return dict(config)
+        """Every field counts, but for named stages that no term asks for."""
+        return {**config, "model": _asked(config["model"], config["objective"])}
 
     @classmethod
     def unused(cls, config: Mapping[str, Any], inputs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
@@ -86,10 +87,18 @@ class Distil:
         views: views of a sample before the first comes again; None: another in each epoch.
         view_seed: of the views, if there are some.
         live: run the teacher even where its stored labels would serve.
+        teacher_stages: layers of the teacher that are its stages, in the place of those that are found.
     """
 
     VERSION: ClassVar[int] = 1
-    SINCE: ClassVar[dict[str, Any]] = {**FIT_SINCE, "views": None, "view_seed": None, "live": False}
+    SINCE: ClassVar[dict[str, Any]] = {
+        **FIT_SINCE,
+        "views": None,
+        "view_seed": None,
+        "live": False,
+        "student.stages": None,
+        "teacher_stages": None,
+    }
 
     student: Config
     data: Config
@@ -99,11 +108,17 @@ class Distil:
     views: int | None
     view_seed: int | None
     live: bool
+    teacher_stages: list[str] | None
 
     @classmethod
     def settled(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Views without augmentation are one; without views their seed is the run's; a live teacher shows in inputs."""
-        found = {**config, "live": False}
+        """Views without augmentation are one; without views their seed is the run's; a live teacher shows in inputs.
+
+        Named stages that no term asks for change nothing.
+        """
+        found = {**config, "live": False, "student": _asked(config["student"], config["objective"])}
+        if not reads_stages(views_of(config["objective"], "teacher")):
+            found["teacher_stages"] = None
         if config["data"].get("augment", "none") == "none":
             found["views"] = None
         if found["views"] is None:
@@ -135,14 +150,17 @@ class Distil:
                     f"the student sees other {name} than its labels were made from; set labels.views, labels.seed and "
                     "data, which both read"
                 )
-        kept = {f"teacher.{path.removesuffix(POOLED)}{POOLED}" for path in inputs["labels"].get("features") or ()}
+        kept = {f"teacher.{names.stored(path)}" for path in inputs["labels"].get("features") or ()}
+        if f"teacher.{names.stored('embedding')}" in kept:
+            kept.add("teacher.embedding")  # a vector already
         for name, term in config["objective"].items():
             if not weighs(term.get("weight", 1)) or not term.get("teacher"):
                 continue
             for view in term["teacher"] if isinstance(term["teacher"], list) else [term["teacher"]]:
                 if view != "teacher.logits" and view not in kept:
-                    path = str(view).removeprefix("teacher.").removesuffix(POOLED)
-                    mend = f" (labels.features=[{path}] would store it)" if str(view).endswith(POOLED) else ""
+                    path = str(view).removeprefix("teacher.").removesuffix(names.POOLED)
+                    vector = str(view).endswith(names.POOLED) or path == "embedding"
+                    mend = f" (labels.features=[{path}] would store it)" if vector else ""
                     return {"labels": f"the term {name} reads {view}, so the live teacher runs{mend}"}
         return {}
 
@@ -157,11 +175,13 @@ class Distil:
             from kd.models import load
 
             net = room.once(("teacher", teacher.key), lambda: load(teacher.path))
-            rehearse(self.data, self.student, net, self.objective, self.fit, room)
+            rehearse(self.data, self.student, net, self.objective, self.fit, room, self.teacher_stages)
         elif isinstance(teacher, Train):
-            rehearse(self.data, self.student, teacher.model, self.objective, self.fit, room)
+            rehearse(self.data, self.student, teacher.model, self.objective, self.fit, room, self.teacher_stages)
         elif teacher is not None and hasattr(teacher, "stand_in"):
-            rehearse(self.data, self.student, room.stand_in(teacher), self.objective, self.fit, room)
+            rehearse(
+                self.data, self.student, room.stand_in(teacher), self.objective, self.fit, room, self.teacher_stages
+            )
         else:
             raise InputError("pipeline.stages.student.inputs.teacher must name a stage that trains a network")
 
@@ -183,22 +203,43 @@ def bind(
     data: Config,
     stored: Mapping[str, torch.Tensor] | None = None,
     samples: int = 2,
-) -> None:
-    """Give the terms the shapes of what they compare: one blank batch through both networks, in eval mode.
+    teacher_stages: Sequence[str] | None = None,
+    rehearse: bool = False,
+) -> list[str]:
+    """Give the terms the layers that their parts stand for, and the shapes of what they compare.
 
-    ``stored`` is what is kept of the teacher's outputs on two samples, where no teacher is asked; ``samples`` how many
-    the split has, for a loss that remembers each.
+    One blank batch goes through both networks, in eval mode. What is bound to what is returned, a line each.
+
+    Args:
+        objective: its parts get their layers, its losses what they train.
+        student: as it is built.
+        teacher: as it is built or loaded; None where there is none, or what it says is stored.
+        data: for the shape of an image.
+        stored: what is kept of the teacher's outputs on two samples, where no teacher is asked.
+        samples: how many the split has, for a loss that remembers each.
+        teacher_stages: layers of the teacher that are its stages; those of the student are known to itself.
+        rehearse: whether to compute each term once too.
+
+    Raises:
+        InputError: if a layer is not there, or shapes cannot be bridged.
     """
     import torch
 
-    from kd.models import Taps
+    from kd.models import Taps, outline
+    from kd.models.taps import Layout, laid
     from kd.training.trainer import blank
 
     images = blank(data, 2)
     views = {"batch.target": torch.zeros(2, dtype=torch.long), **(stored or {})}
-    for role, net in (("student", student), ("teacher", teacher)):
-        if net is None:
-            continue
+    nets = {role: net for role, net in (("student", student), ("teacher", teacher)) if net is not None}
+    chosen = {"teacher": teacher_stages}
+    shape = tuple(images.shape[1:])
+    try:
+        outlines = {r: outline(n.net, shape, chosen.get(r)) for r, n in nets.items() if objective.names_parts(r)}
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise InputError(f"a network does not take images of {shape} ({str(error).splitlines()[0]})") from error
+    objective.resolve(outlines, stored or ())
+    for role, net in nets.items():
         training = net.training
         taps = Taps(net.net, objective.paths(role))
         device = next(net.parameters()).device
@@ -217,7 +258,17 @@ def bind(
     pair = views.get("student.logits"), views.get("teacher.logits")
     if pair[0] is not None and pair[1] is not None and pair[0].shape != pair[1].shape:
         raise InputError(f"the student has {pair[0].shape[1]} classes and the teacher {pair[1].shape[1]}")
-    objective.bind({name: view.shape for name, view in views.items()} | {"batch.row": torch.Size((samples,))})
+    for name in objective.lay({name: view.shape for name, view in views.items()}):
+        bare = name.removesuffix(names.MAPS)
+        try:
+            views[name] = laid(views[bare], Layout.of(nets[name.partition(".")[0]].net))
+        except InputError as error:
+            raise InputError(f"{bare}: {error}") from error
+    shapes = {name: view.shape for name, view in views.items()}
+    objective.bind(shapes | {"batch.row": torch.Size((samples,))})
+    if rehearse:
+        objective.rehearse(views | {"batch.row": torch.zeros(2, dtype=torch.long)})
+    return lines(objective, shapes)
 
 
 def rehearse(
@@ -227,6 +278,7 @@ def rehearse(
     objective: Config,
     fit: Config,
     room: Room,
+    teacher_stages: Sequence[str] | None = None,
 ) -> Objective:
     """Everything a training builds, once, without training: what is wrong is found before the first stage starts."""
     from kd.training import ranks
@@ -241,7 +293,8 @@ def rehearse(
         student = build(model, data, None, 0, room) if isinstance(model, dict) else model
         configure(Fit(**fit), 1)(list(student.parameters()))
         net = build(teacher, data, None, 0, room) if isinstance(teacher, dict) else teacher
-        bind(terms, student, net, data)
+        for line in bind(terms, student, net, data, teacher_stages=teacher_stages, rehearse=True):
+            room.tell({"event": "say", "line": line})
         ranks.check(Fit(**fit), room.run.devices, device_of(room.run).type == "cuda", student, terms)
         return True
 
@@ -250,9 +303,17 @@ def rehearse(
         return terms
     # What numbers stand in the terms decides nothing about shapes: a sweep over them is bound once.
     asked = teacher if isinstance(teacher, dict) else id(teacher)
-    names = [data[name] for name in ("channels", "size", "num_classes")]
-    room.once(canonical([_without_numbers(objective), sorted(terms.active), model, asked, names, fit]), built)
+    shape = [data[name] for name in ("channels", "size", "num_classes")]
+    known = [_without_numbers(objective), sorted(terms.active), model, asked, shape, fit, teacher_stages]
+    room.once(canonical(known), built)
     return terms
+
+
+def _asked(model: Config, objective: Config) -> Config:
+    """A student's config without named stages where no term asks for them."""
+    if model.get("stages") is None or reads_stages(views_of(objective, "student")):
+        return model
+    return {**model, "stages": None}
 
 
 def _without_numbers(node: Any) -> Any:
@@ -334,6 +395,7 @@ def train_net(
         "trace": {"losses": trace.losses, "epochs": trace.epochs, "selected_epoch": trace.selected_epoch},
         "gradients": trace.gradients,
         "resumed": trace.resumed,
+        **({"bindings": list(made.bindings)} if made.bindings else {}),
         "fingerprints": {"data": content},
     }
 
@@ -341,7 +403,7 @@ def train_net(
 def recipe(model: Config, data: Config, splits: Splits) -> dict[str, Any]:
     """What a network is built from again, and the names of its classes in the order of its logits."""
     return {
-        "model": {k: v for k, v in model.items() if k != "_target_"} | {"pretrained": False},
+        "model": {k: v for k, v in model.items() if k not in ("_target_", "stages")} | {"pretrained": False},
         "num_classes": len(splits.classes),
         "in_chans": int(data["channels"]),
         "size": int(data["size"]),

@@ -12,12 +12,14 @@ from kd import names
 from kd.data import labels as files
 from kd.errors import InputError, KDError
 from kd.stages.base import Config, Room, Stage
+from kd.stages.bindings import reads_stages
 from kd.store import Artifact, with_neutral
 
 if TYPE_CHECKING:
     import torch
 
     from kd.data import Splits
+    from kd.models import Normalised
 
 PRECISIONS = ("32-true", "bf16-mixed")
 
@@ -32,11 +34,12 @@ class SoftLabels:
         seed: of the views.
         dtype: that they are stored in.
         top_k: logits kept of each row.
-        features: layers of the teacher to keep, pooled to one vector a sample.
+        features: layers of the teacher to keep, or parts such as `embedding`, pooled to one vector a sample.
         precision: `32-true` or `bf16-mixed`, of the teacher's pass.
         batch_size: of the teacher's pass.
         channels_last: memory layout of the teacher's pass.
         compile: whether the teacher is compiled.
+        stages: layers of the teacher that are its stages, in the place of those that are found.
     """
 
     VERSION: ClassVar[int] = 1
@@ -50,6 +53,7 @@ class SoftLabels:
         "batch_size": None,
         "channels_last": False,
         "compile": False,
+        "stages": None,
     }
 
     data: Config
@@ -62,6 +66,7 @@ class SoftLabels:
     batch_size: int | None
     channels_last: bool
     compile: bool
+    stages: list[str] | None
 
     @classmethod
     def settled(cls, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,7 +78,11 @@ class SoftLabels:
         found = dict(config)
         files.check(found["views"], found["dtype"], found["top_k"], config["data"].get("num_classes"))
         _check_pass(found)
-        found["features"] = sorted({path.removesuffix(":pooled") for path in found["features"]})
+        found["features"] = sorted({path.removesuffix(names.POOLED) for path in found["features"]})
+        if several := [path for path in found["features"] if names.part(path) in names.SEVERAL]:
+            raise InputError(f"labels.features: {several[0]} are several layers; name each, e.g. [stage1, last]")
+        if not reads_stages(found["features"]):
+            found["stages"] = None
         still = config["data"].get("augment", "none") == "none"
         if still:
             found |= {"views": None, "seed": 0}
@@ -170,7 +179,7 @@ class SoftLabels:
                 net = build(teacher.model, self.data, None, 0, room)
             else:
                 raise InputError("pipeline.stages.labels.inputs.teacher must name a stage that trains a network")
-            widths = _widths(net, self._paths(), blank(self.data, 2))
+            widths = _widths(net, self._taps(net), blank(self.data, 2))
             self._fits(widths, room)
 
     def _fits(self, widths: Mapping[str, int], room: Room) -> None:
@@ -184,8 +193,18 @@ class SoftLabels:
         if needed > (free := shutil.disk_usage(place).free):
             raise InputError(too_small(needed, free, place))
 
-    def _paths(self) -> list[str]:
-        return [names.stored(path) for path in self.features]
+    def _taps(self, net: Normalised) -> dict[str, str]:
+        """What is tapped for each feature, by the name that it is stored under."""
+        from kd.models import outline
+
+        parts = [path for path in self.features if names.part(path)]
+        size = int(self.data["size"])
+        try:
+            found = outline(net.net, (int(self.data["channels"]), size, size), self.stages) if parts else None
+            where = {path: found.find(path)[0] for path in parts} if found else {}
+        except InputError as error:
+            raise InputError(f"labels.features: {error}") from error
+        return {names.stored(path): names.stored(where.get(path, path)) for path in self.features}
 
     def run(self, inputs: Mapping[str, Artifact], out: Path, room: Room) -> dict[str, Any]:
         """The teacher's pass over the training split."""
@@ -223,14 +242,15 @@ class SoftLabels:
 
         config = {**self.__dict__, "views": views}
         net = load(teacher.path)
-        widths = _widths(net, self._paths(), blank(self.data, 2))
+        taps = self._taps(net)
+        widths = _widths(net, taps, blank(self.data, 2))
         layout = self.layout(config, len(splits.train), widths)
         free = shutil.disk_usage(room.work).free
         if layout.bytes > free + sum(path.stat().st_size for path in room.work.glob("labels-v*")):
             raise KDError(too_small(layout.bytes, free, room.work))
         how = Pass(self.batch_size or Pass.batch_size, self.precision, self.channels_last, self.compile)
         paths = label_views(
-            Speaker(net, how, list(widths), device_of(room.run)),
+            Speaker(net, how, taps, device_of(room.run)),
             splits.train,
             layout,
             room.run,
@@ -262,7 +282,7 @@ def _accuracy(logits: torch.Tensor, targets: torch.Tensor) -> float:
     return float((logits.argmax(1) == targets.cpu()).to(torch.float64).mean().item())
 
 
-def _widths(net: Any, paths: list[str], images: torch.Tensor) -> dict[str, int]:
+def _widths(net: Any, paths: Mapping[str, str], images: torch.Tensor) -> dict[str, int]:
     """Width of each pooled layer, from one blank batch."""
     from kd.compress.measure import looking
     from kd.models import Taps

@@ -47,11 +47,13 @@ class Speaker:
     Args:
         teacher: moved to the device and frozen in place.
         how: precision, layout, compilation.
-        features: paths of layers, each with `:pooled` behind it.
+        features: paths of layers, each with `:pooled` behind it; or these by the names that they are kept under.
         device: where it runs.
     """
 
-    def __init__(self, teacher: Normalised, how: Pass, features: Sequence[str], device: torch.device) -> None:
+    def __init__(
+        self, teacher: Normalised, how: Pass, features: Sequence[str] | Mapping[str, str], device: torch.device
+    ) -> None:
         self.taps = Taps(teacher.net, features)  # before compilation, or the hooks never fire
         teacher = teacher.to(device)
         if how.channels_last:

@@ -1,0 +1,99 @@
+"""What a training's terms are bound to: the parts they name, and a line for each pair of layers and what bridges it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from kd import names
+from kd.binding import ROLES, each, with_shape
+from kd.schedules import weighs
+
+if TYPE_CHECKING:
+    from kd.objective import Objective
+
+Shapes = Mapping[str, Sequence[int]]
+
+
+def views_of(objective: Mapping[str, Any], side: str) -> list[str]:
+    """The names after `side.` that terms of a weight above 0 read, as a config has them.
+
+    >>> views_of({"at": {"weight": 1, "student": "student.stages", "teacher": ["teacher.a", "teacher.b"]}}, "teacher")
+    ['a', 'b']
+    """
+    found = []
+    for term in objective.values():
+        if not isinstance(term, Mapping) or not weighs(term.get("weight", 1)):
+            continue
+        for role in ROLES:
+            views = term.get(role) or []
+            for view in [views] if isinstance(views, str) else views:
+                place, _, name = str(view).partition(".")
+                if place == side:
+                    found.append(name)
+    return found
+
+
+def reads_stages(wanted: Sequence[str]) -> bool:
+    """Whether one of the names is found by means of a network's stages, so that it matters which these are.
+
+    >>> reads_stages(["logits", "layer3", "embedding"]), reads_stages(["last:pooled"])
+    (False, True)
+    """
+    return any(names.part(name) not in (None, "embedding") for name in wanted)
+
+
+def lines(objective: Objective, shapes: Shapes) -> list[str]:
+    """A line for each pair of layers that a bound objective compares, in the order of its terms; logits need none.
+
+    Args:
+        objective: resolved and bound.
+        shapes: view name to shape, batch first.
+    """
+    found = []
+    for name, term in objective.active.items():
+        views = {role: each(given) for role, given in term.names().items() if role in ROLES}
+        if all(view.endswith(".logits") for several in views.values() for view in several):
+            continue
+        ours, theirs = views["student"], views.get("teacher", ())
+        if len(ours) == len(theirs) and not getattr(term.loss, "UNEVEN", False):
+            for place, (s, t) in enumerate(zip(ours, theirs, strict=True)):
+                said = ", ".join([with_shape(t, shapes), *_bridges(term.loss, place, shapes[s], shapes[t])])
+                found.append(f"{name}: {with_shape(s, shapes)} <- {said}")
+        elif theirs:
+            left, right = (", ".join(with_shape(view, shapes) for view in side) for side in (ours, theirs))
+            found.append(f"{name}: {left} <- {right}, each with each")
+        else:
+            read = [with_shape(view, shapes) for several in views.values() for view in several]
+            found.append(f"{name}: {', '.join(read)}")
+    return found
+
+
+def _bridges(loss: Any, place: int, student: Sequence[int], teacher: Sequence[int]) -> list[str]:
+    """What leads from the one shape to the other: a trained connector, a common grid."""
+    from torch import nn
+
+    said = []
+    ours, theirs = (shape[1] if len(shape) in (2, 4) else shape[-1] for shape in (student, teacher))
+    connectors = getattr(loss, "connectors", None)
+    if isinstance(getattr(loss, "student", None), nn.Linear) and isinstance(loss.teacher, nn.Linear):
+        said.append(f"both embedded in {loss.student.out_features}")
+    elif connectors is not None:
+        if not isinstance(connectors[place], nn.Identity):
+            said.append(f"connector {ours}->{theirs}")
+    elif getattr(loss, "READS", None) and any(True for _ in loss.parameters()):
+        said.append(f"connector {ours}->{theirs}")
+    if getattr(loss, "READS", None) and len(student) == len(teacher) == 4:
+        mine, other = tuple(student[2:]), tuple(teacher[2:])
+        common = other if getattr(loss, "GRID", "smaller") == "teacher" else tuple(map(min, mine, other))
+        if mine != common:
+            said.append(f"{_grid(mine)}->{_grid(common)}")
+        if other != common:
+            said.append(f"the teacher's {_grid(other)}->{_grid(common)}")
+        if common == (1, 1) and getattr(loss, "POSITIONS", False):
+            said.append("one position, which says nothing")
+    return said
+
+
+def _grid(sides: Sequence[int]) -> str:
+    return "x".join(map(str, sides))
