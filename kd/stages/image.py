@@ -116,8 +116,10 @@ class Distil:
 
         Named stages that no term asks for change nothing.
         """
-        found = {**config, "live": False, "student": _asked(config["student"], config["objective"])}
-        if not reads_stages(views_of(config["objective"], "teacher")):
+        found = {**config, "live": False}
+        if "student" in config:
+            found["student"] = _asked(config["student"], config["objective"])
+        if "teacher_stages" in config and not reads_stages(views_of(config["objective"], "teacher")):
             found["teacher_stages"] = None
         if config["data"].get("augment", "none") == "none":
             found["views"] = None
