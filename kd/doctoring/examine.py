@@ -87,14 +87,15 @@ class _Desk:
     def job(self, plan: Plan, run: Run, whole: bool) -> Examined:
         """All checks of one job, or only its costs."""
         found = Examined()
-        last = plan.nodes[-1]
+        # Behind the student there may be compression, which has no terms of its own to look at.
+        last = next(node for node in reversed(plan.nodes) if _trains(node))
         try:
             for node in plan.nodes if whole else ():
                 self._rehearse(node, plan, run)
             if whole:
                 self._last(last, plan, run, found)
             for node in plan.nodes:
-                if self.store.get(node.key) is None:
+                if self.store.get(node.key) is None and _counted(node):
                     found.costs[node.key] = self._cost(node, plan, run)
         except KDError as error:
             found.checks.append(Check(FAIL, "config", str(error)))
@@ -315,8 +316,10 @@ class _Desk:
         return Cost(seconds, size, f"{views} view{'s' if views > 1 else ''} of {len(splits.train):,} samples")
 
     def _time(self, plan: Plan, run: Run, costs: Mapping[str, Cost]) -> Check:
+        silent = [n.name for n in plan.nodes if not _counted(n) and self.store.get(n.key) is None]
+        more = f"; {', '.join(silent)} not counted" if silent else ""
         if not costs:
-            return Check(OK, "time", "nothing is left to run")
+            return Check(OK, "time", f"nothing is left to run{more}")
         parts = [
             f"{node.name} {duration_text(cost.seconds)} ({cost.said})"
             for node in plan.nodes
@@ -324,7 +327,7 @@ class _Desk:
         ]
         total = sum(cost.seconds for cost in costs.values())
         note = "; measured uncompiled" if any(n.config.get("fit", {}).get("compile") for n in plan.nodes) else ""
-        return Check(OK, "time", f"about {duration_text(total)} in all: {', '.join(parts)}{note}")
+        return Check(OK, "time", f"about {duration_text(total)} in all: {', '.join(parts)}{note}{more}")
 
     def _disk(self, costs: Mapping[str, Cost]) -> Check:
         return disk_check(self.store, costs)
@@ -335,6 +338,16 @@ def disk_check(store: Store, costs: Mapping[str, Cost]) -> Check:
     place = next(path for path in (store.root, *store.root.parents) if path.exists())
     needed = sum(cost.bytes for cost in costs.values())
     return verdicts.disk(needed, shutil.disk_usage(place).free, f"{len(costs)} stage{'s' if len(costs) != 1 else ''}")
+
+
+def _trains(node: Node) -> bool:
+    """Whether a stage trains a network from its start."""
+    return hasattr(resolve(node.document["stage"]), "student_config")
+
+
+def _counted(node: Node) -> bool:
+    """Whether it can be told what a stage will cost."""
+    return _trains(node) or hasattr(resolve(node.document["stage"]), "forecast")
 
 
 def _bindings(made: Assembly) -> Check:

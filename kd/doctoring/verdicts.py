@@ -126,18 +126,18 @@ def unmoved(moved: Sequence[str], norms: int) -> Check:
     )
 
 
-def losses(values: Sequence[float], parts: Mapping[str, Sequence[float]]) -> Check:
-    """Whether each loss is finite.
+def losses(values: Sequence[float], parts: Sequence[Mapping[str, float]]) -> Check:
+    """Whether each step's loss is finite, and each term's in it.
 
-    >>> losses([1.0, math.nan], {"ce": [1.0, 1.0], "kd": [0.0, math.nan]})
+    >>> losses([1.0, math.nan], [{"ce": 1.0, "kd": 0.0}, {"ce": 1.0, "kd": math.nan}])
     Check(state='FAIL', name='loss', said="step 2: term 'kd' is not finite")
     """
-    for step, value in enumerate(values):
-        bad = [name for name, part in parts.items() if not math.isfinite(part[step])]
+    for step, (value, own) in enumerate(zip(values, parts, strict=True)):
+        bad = [name for name, part in own.items() if not math.isfinite(part)]
         if bad or not math.isfinite(value):
             named = f"term {' and '.join(map(repr, bad))} is" if bad else "the weighted sum is"
             return Check(FAIL, "loss", f"step {step + 1}: {named} not finite")
-    each = ", ".join(f"{name} {part[0]:.3g}" for name, part in parts.items())
+    each = ", ".join(f"{name} {part:.3g}" for name, part in parts[0].items())
     return Check(OK, "loss", f"finite over {len(values)} steps, {values[0]:.3g} at the first ({each})")
 
 
@@ -227,4 +227,6 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _percent(share: float) -> str:
+    if 0.999 <= share < 1:
+        return f"{100 * share:.2f} %"
     return f"{100 * share:.1f} %" if share >= 0.001 else f"{100 * share:.2g} %"

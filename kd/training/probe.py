@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ class Probed:
 
     Args:
         losses: the weighted sum at each step.
-        parts: each term's own loss at each step.
+        parts: each step's terms with their own loss.
         gradients: `grad/T`, `grad_share/T` and `grad_cosine/A/B`, means over the first steps.
         step_s: median seconds of a step, its batch included.
         training: modules of the teacher in train mode while the student trained.
@@ -44,7 +44,7 @@ class Probed:
     """
 
     losses: list[float] = field(default_factory=list)
-    parts: dict[str, list[float]] = field(default_factory=dict)
+    parts: list[dict[str, float]] = field(default_factory=list)
     gradients: dict[str, float] = field(default_factory=dict)
     step_s: float = 0.0
     training: list[str] = field(default_factory=list)
@@ -104,7 +104,7 @@ def probe(
     found, seconds = Probed(), []
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    sums: dict[str, float] = {}
+    seen: dict[str, list[float]] = {}
     batches = _for_ever(loader)
     begun = time.perf_counter()
     for step in range(looked + timed):
@@ -115,17 +115,16 @@ def probe(
         module.objective.at(step / len(loader), fit.epochs)
         module.gradients_due = step < looked
         total = _step(module, _as(next(batches), fit), step, optimiser, _mixed(fit, device), found)
-        for name, part in module.parts.items():
-            found.parts.setdefault(name, []).append(part.item())
+        found.parts.append({name: part.item() for name, part in module.parts.items()})
         found.losses.append(total)
         if step < looked:
             for name, value in module.gradients.items():
-                sums[name] = sums.get(name, 0.0) + value.item()
+                seen.setdefault(name, []).append(value.item())
         elif device.type == "cuda":
             torch.cuda.synchronize(device)
         if step >= looked:
             seconds.append(time.perf_counter() - started)
-    found.gradients = {name: value / looked for name, value in sums.items()}
+    found.gradients = {name: fmean(values) for name, values in seen.items()}
     found.step_s = median(seconds) if seconds else 0.0
     found.moved = _moved(teacher, before)
     found.peak = int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else _resident()

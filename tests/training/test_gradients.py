@@ -136,7 +136,7 @@ def conv(folder, every, compiled):
     for seed in (0, 1):
         torch.manual_seed(seed)
         # With batch norms: their backward passes overwrite what they were given, unless they are told not to.
-        net = create("cifar_resnet8", num_classes=3, in_chans=1, size=4)
+        net = create("cifar_resnet8", num_classes=3, in_chans=1, size=8)
         nets.append(Normalised(net, [0.5], [0.25]))
     fit = Fit(epochs=2, batch_size=4, optimiser=SGD, compile=compiled)
     module = Distiller(nets[0], Objective(TERMS), configure(fit, 5), nets[1])
@@ -144,7 +144,7 @@ def conv(folder, every, compiled):
     folder.mkdir()
     trace = train(
         module, (split(), split(9, seed=1)), fit, run,
-        seed=0, size=4, augment="none", work=folder, tell=lambda event: None,
+        seed=0, size=8, augment="none", work=folder, tell=lambda event: None,
     )  # fmt: skip
     return trace
 
