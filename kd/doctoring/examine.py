@@ -16,6 +16,7 @@ from kd.doctoring.verdicts import FAIL, OK, WARN, Check
 from kd.errors import KDError
 from kd.instantiate import resolve
 from kd.pipeline.execute import build as build_stage
+from kd.pipeline.execute import check
 from kd.pipeline.plan import Node, Plan
 from kd.stages.base import Company, Room
 from kd.store import Artifact, Store, canonical, short, with_neutral
@@ -90,9 +91,8 @@ class _Desk:
         # Behind the student there may be compression, which has no terms of its own to look at.
         last = next(node for node in reversed(plan.nodes) if _trains(node))
         try:
-            for node in plan.nodes if whole else ():
-                self._rehearse(node, plan, run)
             if whole:
+                check([plan], self.store, run)  # what `kd run` refuses before it starts
                 self._last(last, plan, run, found)
             for node in plan.nodes:
                 if self.store.get(node.key) is None and _counted(node):
@@ -112,13 +112,6 @@ class _Desk:
     def _room(self, run: Run) -> Room:
         return Room(run, Path(os.devnull), company=self.company)
 
-    def _rehearse(self, node: Node, plan: Plan, run: Run) -> None:
-        """What `kd run` refuses before it starts."""
-        if self.store.get(node.key) is None:
-            stages = {n.key: self.store.get(n.key) or build_stage(n.document, run.trusted) for n in plan.nodes}
-            inputs = {role: stages[key] for role, key in node.inputs.items()}
-            build_stage(node.document, run.trusted).check(inputs, self._room(run))
-
     def _last(self, node: Node, plan: Plan, run: Run, found: Examined) -> None:
         """The checks of the stage that the command is about."""
         from kd.stages.splits import load_data
@@ -129,7 +122,7 @@ class _Desk:
         found.checks.append(self._stages(plan))
         artifact = there.get("teacher")
         if artifact is not None:
-            found.checks += self._teacher(artifact, stage, splits, run)
+            found.checks += self._teacher(node, artifact, stage, splits, run)
         elif "teacher" in node.inputs:
             found.checks.append(Check(WARN, "teacher accuracy", f"{verdicts.NOT_YET}; ask again when it is"))
         made = self._assembled(node, stage, splits, plan, run)
@@ -147,7 +140,7 @@ class _Desk:
         ]
         return Check(OK, "stages", ", ".join(states))
 
-    def _teacher(self, artifact: Artifact, stage: Any, splits: Splits, run: Run) -> list[Check]:
+    def _teacher(self, node: Node, artifact: Artifact, stage: Any, splits: Splits, run: Run) -> list[Check]:
         from kd.models import load
         from kd.training.probe import speak
 
@@ -160,7 +153,7 @@ class _Desk:
         names = json.loads((artifact.path / "model.json").read_text(encoding="utf-8")).get("classes")
         checks = [
             verdicts.teacher_accuracy(
-                accuracy, len(targets), len(splits.validation), chance, recorded, self._baseline(stage)
+                accuracy, len(targets), len(splits.validation), chance, recorded, self._baseline(node)
             ),
             verdicts.class_order(names, list(splits.classes)),
         ]
@@ -176,13 +169,13 @@ class _Desk:
         data = stage.data["mean"], stage.data["std"]
         return verdicts.normalisation(role, net.statistics, data, seen, bool(model.get("pretrained")))
 
-    def _baseline(self, stage: Any) -> tuple[float, str] | None:
+    def _baseline(self, node: Node) -> tuple[float, str] | None:
         """The best validation accuracy of the same student on the same data without a teacher, and its hash."""
-        scores = []
+        student, scores = canonical(node.config.get("student")), []
         for artifact in self.store:
             config, metrics = artifact.card["document"]["config"], artifact.card.get("metrics", {})
-            alike = "model" in config and canonical(config["model"]) == canonical(stage.student_config)
-            if alike and _still(config.get("data", {})) == _still(stage.data) and "val/accuracy" in metrics:
+            alike = "model" in config and canonical(config["model"]) == student
+            if alike and _still(config.get("data", {})) == _still(node.config["data"]) and "val/accuracy" in metrics:
                 scores.append((float(metrics["val/accuracy"]), short(artifact.key)))
         return max(scores, default=None)
 
@@ -354,7 +347,7 @@ def _bindings(made: Assembly) -> Check:
     """Which views each term reads, and what the terms train themselves."""
     said = []
     for name, term in made.module.objective.active.items():
-        views = [view if isinstance(view, str) else " + ".join(view) for view in term.names().values()]
+        views = [view if isinstance(view, str) else " + ".join(filter(None, view)) for view in term.names().values()]
         said.append(f"{name}({', '.join(views)})")
     own = sum(p.numel() for p in made.module.objective.parameters() if p.requires_grad)
     return Check(

@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
+from kd.data import Split
 from kd.models import Normalised, create
 from kd.objective import Objective
 from kd.pipeline.execute import execute
@@ -142,8 +143,12 @@ def conv(folder, every, compiled):
     module = Distiller(nets[0], Objective(TERMS), configure(fit, 5), nets[1])
     run: Run = run_of(folder, log_every=1, gradients=every)
     folder.mkdir()
+    parts = [
+        Split(s.ids, s.targets, torch.randint(0, 256, (len(s), 1, 8, 8), generator=draw, dtype=torch.uint8))
+        for draw, s in ((torch.Generator().manual_seed(0), part) for part in (split(), split(9, seed=1)))
+    ]
     trace = train(
-        module, (split(), split(9, seed=1)), fit, run,
+        module, (parts[0], parts[1]), fit, run,
         seed=0, size=8, augment="none", work=folder, tell=lambda event: None,
     )  # fmt: skip
     return trace
