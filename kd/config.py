@@ -26,7 +26,7 @@ from kd.pipeline.expand import expand
 from kd.schedules import complemented, is_schedule, schedule_of
 from kd.training.settings import Fit, Run, require, typed
 
-STEPS = {"prune", "lowrank", "recover"}  # what a list of compress may name, each a group of its own
+STEPS = {"prune", "lowrank", "quantize", "recover"}  # what a list of compress may name, each a group of its own
 ROOT_KEYS = {"teacher", "student", "data", "loss", "fit", "teacher_fit", "labels", "pipeline", "run", *STEPS}
 # Of models, for the pipelines that have several; and of steps.
 LISTS = {"teachers": "resnet34,resnet18", "assistants": "resnet34,resnet18", "students": "resnet34,resnet18"}

@@ -361,7 +361,7 @@ def tune(words: list[str], asked: Asked, config_dir: str | None = None) -> Searc
     if missing:
         _rehearse(plans, run, store)
     study = study or _begun(path, name, identity, words, objectives)
-    epochs = max(int(one.nodes[-1].config.get("fit", {}).get("epochs", 1)) for one in plans)
+    epochs = max(int((one.nodes[-1].config.get("fit") or {}).get("epochs", 1)) for one in plans)
     search = Search(words, found, objectives, config_dir, run, store, name, path, pruner, epochs, study)
     if missing:
         search.go(asked.trials, asked.sampler, asked.sampler_seed)

@@ -113,7 +113,7 @@ def plan_view(plans: Sequence[Plan], store: Store, said: Mapping[str, str] | Non
     for p, job, label in zip(plans, data["jobs"], labels(p.overrides for p in plans), strict=True):
         for n, stage in zip(p.nodes, job["stages"], strict=True):
             reasons |= {f"{role} not used by {n.name}: {why}": None for role, why in n.unused.items()}
-            views, epochs = n.config.get("views"), n.config.get("fit", {}).get("epochs")
+            views, epochs = n.config.get("views"), (n.config.get("fit") or {}).get("epochs")
             if views is not None and epochs is not None and views < epochs:
                 reasons[f"{n.name} sees {views} views of a sample in {epochs} epochs: they come again"] = None
             if n.key in seen:

@@ -5,8 +5,11 @@ A structure is a list of changes in the order they were made:
     {"kind": "pruned", "modules": {"conv1": {"out_channels": 12}}, "tensors": {"conv1.weight": [12, 3, 3, 3]}}
     {"kind": "lowrank", "layers": {"dense.0": {"form": "svd", "rank": 7}}}
     {"kind": "masked", "tensors": {"conv1.weight": "2:4", "dense.0.weight": null}}
+    {"kind": "folded", "norms": {"bn1": "conv1"}}
+    {"kind": "quantized", "how": "static", "bits": 8, "block": null, "layers": {"conv1": {"step": 0.0157, "zero": 0}}}
 
-A mask changes no shape: it is where these weights are 0, and training keeps them so.
+A mask changes no shape: it is where these weights are 0, and training keeps them so. A folded norm is in the layer
+before it; a quantised layer computes as its integers will, on weights that are moved to their values already.
 """
 
 from __future__ import annotations
@@ -17,7 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kd.compress.folding import refold
 from kd.compress.lowrank import FORMS, factors
+from kd.compress.quantize import restore
 from kd.errors import KDError, nearest
 
 Change = dict[str, Any]
@@ -78,6 +83,10 @@ def rebuild(net: nn.Module, structure: Sequence[Mapping[str, Any]]) -> nn.Module
         elif kind == "masked":
             if unknown := sorted(_mapping(change, "tensors").keys() - dict(net.named_parameters()).keys()):
                 raise KDError(f"the structure masks {unknown[0]!r}, which {type(net).__name__} has not")
+        elif kind == "folded":
+            refold(net, _mapping(change, "norms"))
+        elif kind == "quantized":
+            restore(net, change)
         else:
             raise KDError(f"the structure holds {change!r}, which is no change that this kd knows")
     return net

@@ -72,7 +72,7 @@ class Packed:
         lone = [
             number
             for number, task in enumerate(tasks)
-            if task.run.devices > 1 or task.plan.nodes[-1].config.get("fit", {}).get("compile")
+            if task.run.devices > 1 or (task.plan.nodes[-1].config.get("fit") or {}).get("compile")
         ]
         packs = [[number for number in pack if number not in lone] for pack in packs_of(tasks, self.together)]
         ended: set[int] = set()
@@ -244,7 +244,7 @@ def _batches(plan: Plan) -> str:
     """All that a training's batches depend on, and what a process has only one of."""
     last = plan.nodes[-1]
     config = last.config
-    fit = config.get("fit", {})
+    fit = config.get("fit") or {}
     shape = [fit.get(name) for name in ("batch_size", "samples", "drop_last", "deterministic")]
     views = [config.get("views"), config.get("view_seed"), last.inputs.get("labels")]
     return canonical([config.get("data"), config.get("seed"), shape, views])

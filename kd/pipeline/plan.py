@@ -116,8 +116,8 @@ def plan(config: Mapping[str, Any], overrides: tuple[str, ...] = ()) -> Plan:
             in_order(where, kind, resolve(made[inputs["model"]].document["stage"]))
         if "data" in body:
             body["data"] = _with_digest(plain(body["data"], f"{where}.data"), run)
-        if "fit" in body:
-            place = "teacher_fit" if name == "teacher" else "recover.fit" if "model" in inputs else "fit"
+        if body.get("fit") is not None:
+            place = "teacher_fit" if name == "teacher" else f"{_step(name)}.fit" if "model" in inputs else "fit"
             body["fit"] = _fit(body["fit"], place)
         body = plain(body, where)
         unused = kind.unused(body, {role: made[source].config for role, source in inputs.items()})
@@ -165,6 +165,15 @@ def _dials(config: Mapping[str, Any], last: Mapping[str, Any]) -> dict[str, Any]
 def _said(value: Any) -> Any:
     """A dial as it is told: a schedule in words."""
     return str(schedule_of(value)) if is_schedule(value) else value
+
+
+def _step(name: str) -> str:
+    """The group that sets a step of a chain: its recovery's, or its own.
+
+    >>> _step("prune2_recover"), _step("quantize2")
+    ('recover', 'quantize')
+    """
+    return name.rpartition("_")[2].rstrip("0123456789")
 
 
 def _fit(node: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -125,7 +125,7 @@ def _allowed(document: Mapping[str, Any], trusted: Sequence[str]) -> None:
             raise InputError(f"{path}: {error}") from error
     whole = with_neutral(config, resolve(stage).SINCE)
     signature_errors({"_target_": stage, **whole}, "config")
-    if "fit" in whole:
+    if whole.get("fit") is not None:
         typed(Fit, whole["fit"], "config.fit")
 
 

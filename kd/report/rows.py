@@ -214,7 +214,7 @@ def _group(card: Card, known: Mapping[str, Card]) -> str:
 
 def _row(card: Card, known: Mapping[str, Card], teachers: set[str], alone: Mapping[str, list[Card]]) -> Row:
     config, metrics = card["document"]["config"], card["metrics"]
-    model, fit, teacher = _model(card), config.get("fit", {}), _teacher(card, known)
+    model, fit, teacher = _model(card), config.get("fit") or {}, _teacher(card, known)
     shown = short(card["key"])
     # The dials stand in every command; a model that had no teacher did not hear them.
     deaf = ("temperature", "alpha") if _is(card, "Train") else ()

@@ -5,12 +5,14 @@ from kd.stages.compress import FineTune, LowRank, Prune
 from kd.stages.fingerprints import code_print, environment_print
 from kd.stages.image import Distil, Train
 from kd.stages.labels import SoftLabels
+from kd.stages.quantize import Quantize
 
 __all__ = [
     "Distil",
     "FineTune",
     "LowRank",
     "Prune",
+    "Quantize",
     "Room",
     "SoftLabels",
     "Stage",

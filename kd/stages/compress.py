@@ -307,7 +307,7 @@ class Calibration:
 
 
 def _compressed(
-    stage: Prune | LowRank,
+    stage: Any,
     inputs: Mapping[str, Artifact],
     out: Path,
     room: Room,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -42,11 +42,6 @@ class Train:
     objective: Config
     fit: Config
     seed: int
-
-    @property
-    def student_config(self) -> Config:
-        """The network that is trained."""
-        return self.model
 
     @classmethod
     def settled(cls, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,11 +109,6 @@ class Distil:
     view_seed: int | None
     live: bool
     teacher_stages: list[str] | None
-
-    @property
-    def student_config(self) -> Config:
-        """The network that is trained."""
-        return self.student
 
     @classmethod
     def settled(cls, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -343,10 +333,12 @@ def train_net(
     room: Room,
     spec: Mapping[str, Any],
     masks: Mapping[str, torch.Tensor] | None = None,
+    finish: Callable[[Normalised], list[dict[str, Any]]] | None = None,
 ) -> dict[str, Any]:
     """Fit the student, then evaluate it on validation and, once, on test; write weights and card parts.
 
-    ``spec`` is what it is built from again; ``masks`` the parameters whose zeros stay.
+    ``spec`` is what it is built from again; ``masks`` the parameters whose zeros stay; ``finish`` changes what training
+    leaves, and says how its structure changed.
     """
     import torch
     from safetensors.torch import save_file
@@ -389,6 +381,8 @@ def train_net(
         # Shipped in float32, whatever it was trained in: what reads it builds float32 networks.
         student = module.student.float().to(device_of(room.run))
         student = student.to(memory_format=torch.contiguous_format)
+        if finish is not None:
+            spec = {**spec, "structure": [*spec.get("structure", []), *finish(student)]}
         metrics, chosen = evaluated(student, peer_of(inputs, made.teacher, data), splits, data, room)
         content = data_print(data, room)
         student = student.cpu().eval()

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 import kd.stages
-from kd.stages import Distil, Room, SoftLabels, Train
+from kd.stages import Distil, FineTune, LowRank, Prune, Quantize, Room, SoftLabels, Train
 from kd.training.settings import Run
 
-STAGES = [Train, SoftLabels, Distil]
+STAGES = [Train, SoftLabels, Distil, Prune, LowRank, FineTune, Quantize]
 
 
 def test_every_stage_is_tried_here():
