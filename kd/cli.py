@@ -398,17 +398,24 @@ def list_(
         console.print(rows_table(rows, console.width))
 
 
-@app.command("doctor")
+doctor_app = typer.Typer(cls=_Group, rich_markup_mode=None, invoke_without_command=True)
+app.add_typer(doctor_app, name="doctor")
+
+
+@doctor_app.callback()
 def doctor(
+    context: typer.Context,
     store: StoreDir = ".kd",
     data_dir: Annotated[str, typer.Option(envvar="KD_DATA")] = "~/.cache/kd/data",
     gpu: Annotated[bool, typer.Option(help="Import torch and look for a GPU.")] = True,
     as_json: Json = False,
 ) -> None:
-    """Check the environment.
+    """Check the environment; `kd doctor run` checks a job before its long run.
 
     Example: kd doctor
     """
+    if context.invoked_subcommand is not None:
+        return
     from kd.store import Store
     from kd.views import health
 
@@ -424,6 +431,28 @@ def doctor(
         for state, check, said in checks:
             sys.stdout.write(f"{state:4}  {check:18} {said}\n")
     if any(state == "bad" for state, _, _ in checks):
+        raise typer.Exit(1)
+
+
+@doctor_app.command("run")
+def doctor_run(
+    words: Words = None, multirun: Multirun = False, config_dir: ConfigDir = None, as_json: Json = False
+) -> None:
+    """Before a long run: teacher, data, terms, time and space are looked at; nothing is trained that lasts.
+
+    Exit 0: no check says FAIL; 1: one does; 2: the input is not right.
+
+    Example: kd doctor run temperature=4 alpha=0.9 data=mnist
+    """
+    from kd.doctoring.run import as_data, as_lines, doctor_run, failed
+
+    found = doctor_run(words or [], multirun, config_dir)
+    if as_json:
+        _json(as_data(found))
+    else:
+        for line in as_lines(found):
+            sys.stdout.write(f"{line}\n")
+    if failed(found):
         raise typer.Exit(1)
 
 

@@ -25,7 +25,7 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("pipeline", "report"),
     ("config",),
     ("benching", "launch", "listing", "reporting", "spaces", "views"),
-    ("tuning",),
+    ("doctoring", "tuning"),
     ("cli",),
     ("__main__",),
 )

@@ -64,6 +64,8 @@ def parsed(line: list[str]) -> tuple[str, dict[str, Any]]:
     command: Any = get_command(app)
     name, rest = [], line[1:]
     while hasattr(command, "commands"):
+        if command.invoke_without_command and not (rest and rest[0] in command.commands):
+            break  # `kd doctor --no-gpu`
         assert rest and rest[0] in command.commands, f"`{' '.join(line)}`: no such command"
         name.append(rest[0])
         command, rest = command.commands[rest[0]], rest[1:]
@@ -80,7 +82,7 @@ def test_the_reader_found_what_there_is_to_check() -> None:
 @pytest.mark.parametrize("line", COMMANDS, ids=" ".join)
 def test_a_command_parses_and_its_overrides_compose(line: list[str]) -> None:
     name, given = parsed(line)
-    if name in ("run", "plan", "bench step"):
+    if name in ("run", "plan", "bench step", "doctor run"):
         found, sweep = composed(
             tuple(split_words(given["words"] or ())[0]), given.get("multirun", False), given.get("config_dir")
         )
@@ -128,6 +130,14 @@ def test_the_quoted_hashes_are_those_of_the_quoted_command() -> None:
     quoted = set(re.findall(r"\b[0-9a-f]{16}\b", text))
     # Where a default has changed on purpose: run `make quickstart` and put what it printed into the README.
     assert quoted == keys | {sweep_id(plans)}
+
+
+def test_the_hashes_of_the_quoted_doctor_are_those_of_its_command() -> None:
+    text = after("output of doctor run")
+    plans = [plan(job.config, job.overrides) for job in composed(("alpha=0.999",))[0]]
+    baseline = [plan(job.config, job.overrides) for job in composed(("pipeline=baseline",))[0]]
+    keys = {short(node.key) for node in plans[0].nodes} | {short(baseline[0].key)}
+    assert set(re.findall(r"\b[0-9a-f]{16}\b", text)) == keys
 
 
 def test_a_part_of_it_is_run(tmp_path: Path) -> None:

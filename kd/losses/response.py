@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from kd.errors import InputError
 from kd.losses import checks
 from kd.losses.logits import soft_target_kl
+from kd.losses.products import product_gaps
 
 
 def dkd(
@@ -46,12 +47,13 @@ def dkd(
     temperature = checks.positive("temperature", temperature)
     student, teacher, target = _labelled(student, teacher, target)
     student, teacher = student / temperature, teacher / temperature
+    others = [_without_label(z, target) for z in (student, teacher)]
     total = student.new_zeros(())
     if alpha:
-        s, t = _label_and_rest(student, target), _label_and_rest(teacher, target)
+        s, t = (_label_and_rest(*pair, target) for pair in zip((student, teacher), others, strict=True))
         total = total + alpha * F.kl_div(s, t, reduction="batchmean", log_target=True)
     if beta:
-        s, t = _others(student, target), _others(teacher, target)
+        s, t = (z.log_softmax(dim=1) for z in others)
         total = total + beta * F.kl_div(s, t, reduction="batchmean", log_target=True)
     return total * temperature**2
 
@@ -82,11 +84,11 @@ def nkd(student: Tensor, teacher: Tensor, target: Tensor, gamma: float = 1.5, te
     gamma = checks.within("gamma", gamma)
     temperature = checks.positive("temperature", temperature)
     student, teacher, target = _labelled(student, teacher, target)
-    belief = teacher.softmax(dim=1).gather(1, target[:, None]).detach()
-    total = (belief * -student.log_softmax(dim=1).gather(1, target[:, None])).mean()
+    surprise, doubt = (F.cross_entropy(z, target, reduction="none") for z in (student, teacher.detach()))
+    total = (doubt.neg().exp() * surprise).mean()
     if gamma:
-        s, t = _others(student / temperature, target), _others(teacher / temperature, target)
-        total = total - gamma * temperature**2 * (t.exp() * s).sum(dim=1).mean()
+        s, t = (_without_label(z / temperature, target).log_softmax(dim=1) for z in (student, teacher))
+        total = total - gamma * temperature**2 * torch.linalg.vecdot(t.exp(), s, dim=1).mean()
     return total
 
 
@@ -146,8 +148,9 @@ def dist(student: Tensor, teacher: Tensor, beta: float = 1.0, gamma: float = 1.0
     beta, gamma = checks.within("beta", beta), checks.within("gamma", gamma)
     temperature = checks.positive("temperature", temperature)
     student, teacher = ((z / temperature).softmax(dim=1) for z in checks.pair(student, teacher))
-    between = 1 - _correlation(student, teacher).mean()
-    within = 1 - _correlation(student.T, teacher.T).mean()
+    even = 1 / student.shape[1]  # the mean of a row
+    between = 1 - _correlation(student - even, teacher - even, dim=1).mean()
+    within = 1 - _correlation(student - student.mean(dim=0), teacher - teacher.mean(dim=0), dim=0).mean()
     return (beta * between + gamma * within) * temperature**2
 
 
@@ -193,10 +196,9 @@ def mlkd(
     total = student.new_zeros(())
     for temperature in temperatures:
         s, t = ((z / temperature).softmax(dim=1) for z in (student, teacher))
-        with checks.exactly(s):
-            by_class = (t.T @ t - s.T @ s).square().sum() / s.shape[1]
-            by_sample = (t @ t.T - s @ s.T).square().sum() / len(s)
-        total = total + samples * (soft_target_kl(student, teacher, temperature) + by_sample) + classes * by_class
+        by_sample, by_class = product_gaps(s, t)
+        total = total + samples * (soft_target_kl(student, teacher, temperature) + by_sample / len(s))
+        total = total + classes * by_class / s.shape[1]
     return total
 
 
@@ -471,34 +473,28 @@ def _is_label(logits: Tensor, target: Tensor) -> Tensor:
     return torch.arange(logits.shape[1], device=logits.device) == target[:, None]
 
 
-def _others(logits: Tensor, target: Tensor) -> Tensor:
-    """(N, C) log-probabilities of the classes but the label among themselves, and 0 at the label.
+def _without_label(logits: Tensor, target: Tensor) -> Tensor:
+    """(N, C) logits with that of the label so low that its probability is 0, the logarithm of which stays finite.
 
-    There neither a KL of two such, exp(0) · (0 - 0), nor a cross-entropy, exp(0) · 0, adds anything.
+    So neither a KL of two such, 0 · 0, nor a cross-entropy, 0 · -1e30, has anything of it.
     """
     if logits.shape[1] < 2:
         raise InputError(
             f"logits of shape {tuple(logits.shape)} have no class beside the label; two or more are needed"
         )
-    label = _is_label(logits, target)
-    return logits.masked_fill(label, -math.inf).log_softmax(dim=1).masked_fill(label, 0.0)
+    return logits.scatter(1, target[:, None], -1e30)
 
 
-def _label_and_rest(logits: Tensor, target: Tensor) -> Tensor:
+def _label_and_rest(logits: Tensor, others: Tensor, target: Tensor) -> Tensor:
     """(N, 2) log-probabilities of the label and of all else; in logs, as 1 - p would be 0 for a sure net."""
-    if logits.shape[1] < 2:
-        raise InputError(
-            f"logits of shape {tuple(logits.shape)} have no class beside the label; two or more are needed"
-        )
-    rest = logits.masked_fill(_is_label(logits, target), -math.inf).logsumexp(dim=1)
-    return torch.stack([logits.gather(1, target[:, None])[:, 0], rest], dim=1).log_softmax(dim=1)
+    return torch.stack([logits.gather(1, target[:, None])[:, 0], others.logsumexp(dim=1)], dim=1).log_softmax(dim=1)
 
 
-def _correlation(first: Tensor, second: Tensor) -> Tensor:
-    """Pearson's correlation of each row of one with the same row of the other."""
-    first, second = (values - values.mean(dim=1, keepdim=True) for values in (first, second))
-    lengths: Tensor = torch.linalg.vector_norm(first, dim=1) * torch.linalg.vector_norm(second, dim=1)
-    return (first * second).sum(dim=1) / (lengths + 1e-8)
+def _correlation(first: Tensor, second: Tensor, dim: int) -> Tensor:
+    """Pearson's correlation along an axis of two that have a mean of 0 along it."""
+    lengths: Tensor = torch.linalg.vector_norm(first, dim=dim) * torch.linalg.vector_norm(second, dim=dim)
+    found: Tensor = torch.linalg.vecdot(first, second, dim=dim)
+    return found / (lengths + 1e-8)
 
 
 def _share(values: Tensor, quantile: float) -> Tensor:

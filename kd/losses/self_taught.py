@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from kd.errors import InputError
 from kd.losses import checks
 from kd.losses.logits import soft_target_kl
+from kd.losses.ranks import by_rank
+from kd.losses.slopes import with_gradients
 
 
 def label_smoothing(student: Tensor, target: Tensor, smoothing: float = 0.1) -> Tensor:
@@ -136,7 +138,7 @@ def uskd(
     the cross-entropy of the other classes among themselves against 1/rank, normalised; mu times the cross-entropy of
     `weak` against 0.9 of the label and 0.1 spread over all classes. Classes are ranked by the sum of weak probabilities
     over 1 - w_y + 1e-6 and, as in the authors' code, the student's *log*-probabilities over 1 - log p_y + 1e-6. Weights
-    and ranks are constants to the gradient.
+    and ranks are constants to the gradient, and there is no second derivative.
 
     Yang et al., "From Knowledge Distillation to Self-Knowledge Distillation" (2023); yzd-v/cls_KD,
     mmcls/models/dis_losses/uskd.py.
@@ -162,21 +164,34 @@ def uskd(
     count, classes = student.shape
     if classes < 2:
         raise InputError(f"logits of shape {tuple(student.shape)} have no class beside the label; two are needed")
-    given, weak_given = student.log_softmax(dim=1), weak.log_softmax(dim=1)
-    at_label = given.gather(1, target)
     with torch.no_grad():
-        square = at_label.exp().square()
+        label = student.gather(1, target)
+        masked = student.scatter(1, target, -1e30)
+        among = masked.softmax(dim=1)  # the other classes' probabilities among themselves
+        rest = _total(masked, among)
+        surprise = F.softplus(rest - label)  # at the label
+        square = (-2 * surprise).exp()
         certainty = square + 1 - square.mean()
-        probabilities = weak_given.exp()
-        score = probabilities / (1 - probabilities.gather(1, target) + 1e-6) + given / (1 - at_label + 1e-6)
-        place = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        other = torch.arange(classes, device=target.device) != target
-        zipf = other / (place + 1.0)
-        zipf = (zipf / zipf.sum(dim=1, keepdim=True)).to(student.dtype)
-        smooth = torch.full_like(student, 0.1 / classes).scatter_add(1, target, torch.full_like(at_label, 0.9))
-    others = student.masked_fill(~other, -math.inf).log_softmax(dim=1).masked_fill(~other, 0.0)
-    parts = alpha * certainty * at_label + (beta * zipf * others + mu * smooth * weak_given).sum(dim=1, keepdim=True)
-    return -parts.sum() / count
+        chances = weak.softmax(dim=1)
+        score = (student - label - surprise) / (1 + surprise + 1e-6)
+        score.addcdiv_(chances, 1 - chances.gather(1, target) + 1e-6)
+        zipf = by_rank(score, 1 / torch.arange(1, classes + 1, device=score.device, dtype=score.dtype))
+        zipf.scatter_(1, target, 0.0)
+        zipf /= zipf.sum(dim=1, keepdim=True)
+        doubt = rest - torch.linalg.vecdot(zipf, student, dim=1)[:, None]
+        smooth = _total(weak, chances) - 0.9 * weak.gather(1, target) - 0.1 * weak.mean(dim=1, keepdim=True)
+        value = (alpha * certainty * surprise + beta * doubt + mu * smooth).mean()
+        # Each cross-entropy's gradient is the probabilities less the goal.
+        away = alpha * certainty * torch.sigmoid(rest - label)
+        pull = among.mul_((away + beta) / count).sub_(zipf, alpha=beta / count).scatter_(1, target, -away / count)
+        goal = torch.full_like(target, 0.9, dtype=weak.dtype)
+        weak_pull = chances.sub_(0.1 / classes).scatter_add_(1, target, -goal).mul_(mu / count)
+    return with_gradients(value, (student, pull), (weak, weak_pull))
+
+
+def _total(logits: Tensor, probabilities: Tensor) -> Tensor:
+    """(N, 1) logarithm of the sum of the exponentials, from what a softmax made of them."""
+    return logits.amax(dim=1, keepdim=True) - probabilities.amax(dim=1, keepdim=True).log()
 
 
 class LabelSmoothing(nn.Module):

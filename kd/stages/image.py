@@ -43,6 +43,11 @@ class Train:
     fit: Config
     seed: int
 
+    @property
+    def student_config(self) -> Config:
+        """The network that is trained."""
+        return self.model
+
     @classmethod
     def settled(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         """Every field counts, but for named stages that no term asks for."""
@@ -109,6 +114,11 @@ class Distil:
     view_seed: int | None
     live: bool
     teacher_stages: list[str] | None
+
+    @property
+    def student_config(self) -> Config:
+        """The network that is trained."""
+        return self.student
 
     @classmethod
     def settled(cls, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
+from kd.data import Split
 from kd.models import Normalised, create
 from kd.objective import Objective
 from kd.pipeline.execute import execute
@@ -131,19 +132,24 @@ def test_ranks_record_the_gradient_of_the_whole_batch(tmp_path):
 
 
 def conv(folder, every, compiled):
-    """Two epochs of a small conv net under a teacher, compiled or not."""
+    """Two epochs of a small residual net under a teacher, compiled or not."""
     nets = []
     for seed in (0, 1):
         torch.manual_seed(seed)
-        net = create("seed_cnn_small", num_classes=3, in_chans=1, size=4, options={"widths": [2, 3, 4, 5]})
+        # With batch norms: their backward passes overwrite what they were given, unless they are told not to.
+        net = create("cifar_resnet8", num_classes=3, in_chans=1, size=8)
         nets.append(Normalised(net, [0.5], [0.25]))
     fit = Fit(epochs=2, batch_size=4, optimiser=SGD, compile=compiled)
     module = Distiller(nets[0], Objective(TERMS), configure(fit, 5), nets[1])
     run: Run = run_of(folder, log_every=1, gradients=every)
     folder.mkdir()
+    parts = [
+        Split(s.ids, s.targets, torch.randint(0, 256, (len(s), 1, 8, 8), generator=draw, dtype=torch.uint8))
+        for draw, s in ((torch.Generator().manual_seed(0), part) for part in (split(), split(9, seed=1)))
+    ]
     trace = train(
-        module, (split(), split(9, seed=1)), fit, run,
-        seed=0, size=4, augment="none", work=folder, tell=lambda event: None,
+        module, (parts[0], parts[1]), fit, run,
+        seed=0, size=8, augment="none", work=folder, tell=lambda event: None,
     )  # fmt: skip
     return trace
 
