@@ -344,6 +344,7 @@ def show_view(artifact: Artifact, store: Store) -> Group:
         "cost": card.get("cost", {}),
         "time": card.get("time", {}),
         "dials": card.get("dials", {}),
+        "bindings": dict(line.split(" <- ", 1) if " <- " in line else (line, "") for line in card.get("bindings", [])),
         "config": _leaves(card["document"]["config"]),
         "data": card.get("fingerprints", {}).get("data", {}),
         "code": card.get("fingerprints", {}).get("code", {}),

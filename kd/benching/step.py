@@ -99,9 +99,9 @@ def _loops(stage: dict[str, Any], config: dict[str, Any], run: Run, steps: int) 
     from kd.losses.logits import CrossEntropy
     from kd.objective import Objective, Term
     from kd.stages.base import Room
+    from kd.stages.bindings import bind
     from kd.stages.building import build, build_objective
     from kd.stages.evaluation import logits_of
-    from kd.stages.image import bind
     from kd.stages.splits import load_data
     from kd.training.callbacks import EachStep
     from kd.training.loaders import EpochLoader

@@ -123,7 +123,7 @@ def _bind(
 ) -> list[str]:
     import torch
 
-    from kd.stages.image import bind
+    from kd.stages.bindings import bind
 
     if labels is None:
         return bind(objective, student, teacher, data, samples=samples, teacher_stages=teacher_stages)

@@ -7,9 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from kd import names
 from kd.binding import ROLES, each, with_shape
+from kd.errors import InputError
 from kd.schedules import weighs
+from kd.stages.base import Config
 
 if TYPE_CHECKING:
+    import torch
+
+    from kd.models import Normalised
     from kd.objective import Objective
 
 Shapes = Mapping[str, Sequence[int]]
@@ -41,6 +46,81 @@ def reads_stages(wanted: Sequence[str]) -> bool:
     (False, True)
     """
     return any(names.part(name) not in (None, "embedding") for name in wanted)
+
+
+def bind(
+    objective: Objective,
+    student: Normalised,
+    teacher: Normalised | None,
+    data: Config,
+    stored: Mapping[str, torch.Tensor] | None = None,
+    samples: int = 2,
+    teacher_stages: Sequence[str] | None = None,
+    rehearse: bool = False,
+) -> list[str]:
+    """Give the terms the layers that their parts stand for, and the shapes of what they compare.
+
+    One blank batch goes through both networks, in eval mode. What is bound to what is returned, a line each.
+
+    Args:
+        objective: its parts get their layers, its losses what they train.
+        student: as it is built.
+        teacher: as it is built or loaded; None where there is none, or what it says is stored.
+        data: for the shape of an image.
+        stored: what is kept of the teacher's outputs on two samples, where no teacher is asked.
+        samples: how many the split has, for a loss that remembers each.
+        teacher_stages: layers of the teacher that are its stages; those of the student are known to itself.
+        rehearse: whether to compute each term once too.
+
+    Raises:
+        InputError: if a layer is not there, or shapes cannot be bridged.
+    """
+    import torch
+
+    from kd.models import Taps, outline
+    from kd.models.taps import Layout, laid
+    from kd.training.trainer import blank
+
+    images = blank(data, 2)
+    views = {"batch.target": torch.zeros(2, dtype=torch.long), **(stored or {})}
+    nets = {role: net for role, net in (("student", student), ("teacher", teacher)) if net is not None}
+    chosen = {"teacher": teacher_stages}
+    shape = tuple(images.shape[1:])
+    try:
+        outlines = {r: outline(n.net, shape, chosen.get(r)) for r, n in nets.items() if objective.names_parts(r)}
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise InputError(f"a network does not take images of {shape} ({str(error).splitlines()[0]})") from error
+    objective.resolve(outlines, stored or ())
+    for role, net in nets.items():
+        training = net.training
+        taps = Taps(net.net, objective.paths(role))
+        device = next(net.parameters()).device
+        try:
+            with torch.no_grad():
+                views[f"{role}.logits"] = net.eval()(images.to(device))
+        except (RuntimeError, ValueError, AssertionError) as error:
+            line = str(error).splitlines()[0]
+            raise InputError(
+                f"the {role} {type(net.net).__name__} does not take images of {data['size']}x{data['size']} with "
+                f"{data['channels']} channels ({line}); choose another {role}.name, or pass {role}.options"
+            ) from error
+        views |= {f"{role}.{path}": value for path, value in taps.pop().items()}
+        taps.remove()
+        net.train(training)
+    pair = views.get("student.logits"), views.get("teacher.logits")
+    if pair[0] is not None and pair[1] is not None and pair[0].shape != pair[1].shape:
+        raise InputError(f"the student has {pair[0].shape[1]} classes and the teacher {pair[1].shape[1]}")
+    for name in objective.lay({name: view.shape for name, view in views.items()}):
+        bare = name.removesuffix(names.MAPS)
+        try:
+            views[name] = laid(views[bare], Layout.of(nets[name.partition(".")[0]].net))
+        except InputError as error:
+            raise InputError(f"{bare}: {error}") from error
+    shapes = {name: view.shape for name, view in views.items()}
+    objective.bind(shapes | {"batch.row": torch.Size((samples,))})
+    if rehearse:
+        objective.rehearse(views | {"batch.row": torch.zeros(2, dtype=torch.long)})
+    return lines(objective, shapes)
 
 
 def lines(objective: Objective, shapes: Shapes) -> list[str]:

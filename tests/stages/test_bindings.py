@@ -14,9 +14,8 @@ from kd.listing import listing
 from kd.models import Normalised, create
 from kd.objective import Objective
 from kd.stages.base import Room
-from kd.stages.bindings import lines, reads_stages, views_of
+from kd.stages.bindings import bind, lines, reads_stages, views_of
 from kd.stages.building import build_objective
-from kd.stages.image import bind
 from kd.training.module import Distiller
 from kd.training.settings import Run
 

@@ -63,6 +63,64 @@ def test_a_kill_after_the_last_step_loses_nothing(moment, words, tmp_path):
     assert history == (Store(tmp_path / "a").folder(one.key) / "history.jsonl").read_text()
 
 
+def keys(store, *words):
+    return [node.key for node in planned(store, *words)[0].nodes]
+
+
+def test_named_stages_are_in_the_keys_of_what_reads_stages_alone(tmp_path):
+    both = ("student.stages=[conv2,conv3]", "teacher.stages=[conv1,conv3]")
+    assert keys(tmp_path, *both) == keys(tmp_path), "no term asks for a stage"
+    preset = keys(tmp_path, "loss=[ce,at]")
+    found = [keys(tmp_path, "loss=[ce,at]", word) for word in both]
+    assert [key[0] for key in found] == [preset[0]] * 2, "a teacher is the same, whatever its stages are called"
+    assert len({preset[-1], *(key[-1] for key in found)}) == 3
+    layers = ("loss=[ce,at]", "loss.at.student=student.conv2", "loss.at.teacher=teacher.conv2")
+    assert keys(tmp_path, *layers, *both) == keys(tmp_path, *layers)
+    embedding = ("loss=[ce,rkd]",)
+    assert keys(tmp_path, *embedding, *both) == keys(tmp_path, *embedding)
+    alone = ("pipeline=baseline", "student.stages=[conv2,conv3]")
+    assert keys(tmp_path, *alone) == keys(tmp_path, "pipeline=baseline")
+
+
+def test_named_stages_are_what_terms_read_and_stand_on_the_card(tmp_path):
+    ran, card = made(tmp_path, "loss=[ce,at]", "student.stages=[conv2,conv3]", "teacher.stages=[conv1,conv2]")
+    assert ran == ["teacher", "student"]
+    assert card["bindings"] == [
+        "at: student.conv2 (16, 4, 4) <- teacher.conv1 (32, 8, 8), the teacher's 8x8->4x4",
+        "at: student.conv3 (16, 2, 2) <- teacher.conv2 (64, 4, 4), the teacher's 4x4->2x2",
+    ]
+    found = (Store(tmp_path).folder(card["key"]) / "model.json").read_text()
+    assert "stages" not in found, "they are no part of what is shipped"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["student.stages=[conv2,conv9]"], "stages: 'conv9' is no layer of SeedCNN"),
+        (["teacher.stages=[conv2,conv9]"], "stages: 'conv9' is no layer of SeedCNN that runs"),
+        (["teacher.stages=[dense]"], r"stages: 'dense' of SeedCNN gives \(1, 64\), and no maps or tokens"),
+        (["student.stages=conv2"], "stages are 'conv2'; a list of layers was meant"),
+        (["loss.at.student=student.dense"], r"the term 'at' reads student.dense \(16\) and teacher.conv1 \(32, 8, 8\)"),
+    ],
+)
+def test_stages_that_are_none_are_refused_before_anything_is_made(words, said, tmp_path):
+    one, run = planned(tmp_path, "loss=[ce,at]", *words)
+    with pytest.raises(InputError, match=said):
+        check([one], Store(tmp_path), run)
+    assert not (tmp_path / "artifacts").exists()
+
+
+def test_what_is_bound_is_told_once_before_training(tmp_path):
+    found = [planned(tmp_path, "loss=[ce,fsp]", word) for word in ("seed=0", "seed=1", "loss.fsp.weight=2")]
+    said: list[str] = []
+    check([one for one, _ in found], Store(tmp_path), found[0][1], lambda event: said.append(event["line"]))
+    assert said == [
+        "fsp: student.conv1 (8, 8, 8) <- teacher.conv1 (32, 8, 8), connector 8->32",
+        "fsp: student.conv2 (16, 4, 4) <- teacher.conv2 (64, 4, 4), connector 16->64",
+        "fsp: student.conv3 (16, 2, 2) <- teacher.conv3 (64, 2, 2), connector 16->64",
+    ]
+
+
 def test_a_stage_has_no_use_for_inputs_it_does_not_read():
     assert Train.unused({}, {}) == SoftLabels.unused({}, {"teacher": "x"}) == {}
 

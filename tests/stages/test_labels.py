@@ -87,6 +87,32 @@ def test_pooled_features_that_are_stored_are_the_live_ones(copy):
     assert "(labels.features=[conv2] would store it)" in one.nodes[-1].unused["labels"]
 
 
+def test_the_embedding_that_is_stored_is_the_live_one(copy):
+    words = (*MOVING, "loss=[ce,rkd]")
+    ran, stored = made(copy, *words, "labels.features=[embedding]")
+    assert ran == ["labels", "student"] and "labels" in stored["document"]["inputs"]
+    assert stored["bindings"] == ["rkd: student.head:input (16) <- teacher.embedding:pooled (64)"]
+    one, _ = planned(copy, *words)
+    assert "(labels.features=[embedding] would store it)" in one.nodes[-1].unused["labels"]
+    ran, live = made(copy, *words)
+    assert ran == ["student"] and live["weights"] == stored["weights"]
+    assert live["bindings"] == ["rkd: student.head:input (16) <- teacher.head:input (64)"]
+
+
+def test_any_part_is_stored_by_its_name_and_several_are_refused(copy):
+    words = (*MOVING, "loss=[ce,rkd]", "loss.rkd.student=student.last", "loss.rkd.teacher=teacher.last:pooled")
+    ran, card = made(copy, *words, "labels.features=[last]", "teacher.stages=[conv1,conv2]")
+    assert ran == ["labels", "student"]
+    assert card["bindings"] == ["rkd: student.conv3 (16, 2, 2) <- teacher.last:pooled (64)"]
+    labels = planned(copy, *words, "labels.features=[last]", "teacher.stages=[conv1,conv2]")[0].nodes[1]
+    assert labels.config["stages"] == ["conv1", "conv2"], "which layer is the last is a part of the key"
+    with pytest.raises(InputError, match=r"labels.features: stages are several layers; name each, e.g. \[stage1"):
+        planned(copy, *words, "labels.features=[stages]")
+    one, run = planned(copy, *words, "loss.rkd.teacher=teacher.stage7:pooled", "labels.features=[stage7]")
+    with pytest.raises(InputError, match=r"labels.features: SeedCNN has no stage7; it has 3 stages"):
+        check([one], Store(copy), run)
+
+
 def test_top_k_and_every_way_of_the_pass_make_labels_that_a_student_learns_from(copy, home):
     ways = ("labels.top_k=3", "labels.channels_last=true", "labels.precision=bf16-mixed", "labels.batch_size=100")
     keys = set()
