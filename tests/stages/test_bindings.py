@@ -114,6 +114,18 @@ def test_a_line_says_layers_shapes_connector_and_grid():
     assert bound("uskd", "digits")[1] == ["uskd: student.logits (5), student.conv3 (16, 2, 2)"]
 
 
+def test_the_readme_quotes_what_is_bound():
+    readme = (conf_dir().parent / "README.md").read_text(encoding="utf-8")
+    _, quoted = readme.split("$ kd run 'loss=[ce,kd,at,fsp]'", 1)
+    torch.manual_seed(0)
+    found = [
+        Normalised(create(name, num_classes=10, in_chans=1, size=28), [0.5], [0.5])
+        for name in ("mobilenetv3_small_050", "resnet18")
+    ]
+    made = [line for name in ("at", "fsp") for line in bind(objective(name), *found, {"channels": 1, "size": 28})]
+    assert quoted.splitlines()[1:6] == made[:5]
+
+
 def test_each_with_each_is_one_line():
     (line,) = bound("semckd", "digits")[1]
     assert line.startswith("semckd: student.conv1 (8, 8, 8), student.conv2") and line.endswith(", each with each")
