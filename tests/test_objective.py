@@ -297,6 +297,50 @@ def test_what_a_list_lacks_is_named() -> None:
         objective.bind(SHAPES)
 
 
+class Parts:
+    """A network of two stages."""
+
+    def find(self, name: str) -> tuple[str, ...]:
+        return {"stages": ("conv2", "conv3"), "last": ("conv3",), "embedding": ("head",)}[name]
+
+
+def test_parts_become_the_layers_of_each_network_once_it_is_known() -> None:
+    terms = {
+        "a": Term(Hint(), 1.0, student="student.last", teacher="teacher.conv3"),
+        "b": Term(Hint(), 1.0, student="student.embedding", teacher="teacher.embedding"),
+    }
+    objective = Objective(terms)
+    assert objective.names_parts("student") and objective.names_parts("teacher")
+    objective.resolve({"student": Parts(), "teacher": Parts()})
+    assert not objective.names_parts("student") and not objective.names_parts("teacher")
+    assert objective.paths("student") == ["conv3", "head"] == objective.paths("teacher")
+    assert objective.terms["a"].student == "student.conv3" and terms["a"].student == "student.last"
+    objective.bind(SHAPES)
+    views = {name: torch.randn(shape) for name, shape in SHAPES.items()}
+    assert objective(views)[0].isfinite()
+
+
+def test_tokens_are_read_as_maps_where_the_other_side_has_maps() -> None:
+    objective = Objective({"a": layer()})
+    shapes = {**SHAPES, "teacher.conv3": torch.Size((2, 16, 5))}
+    assert objective.lay(shapes) == ["teacher.conv3:maps"]
+    assert objective.paths("teacher") == ["conv3:maps"] and objective.lay(shapes) == []
+
+
+def test_a_rehearsal_names_the_term_and_what_it_was_given_and_changes_nothing() -> None:
+    objective = bound("a")
+    views = {name: torch.randn(shape) for name, shape in SHAPES.items()}
+    state = {name: value.clone() for name, value in objective.state_dict().items()}
+    objective.rehearse(views)
+    assert objective.training and all(value.equal(state[n]) for n, value in objective.state_dict().items())
+    wrong = views | {"student.conv3": torch.randn(2, 4, 4, 4)}
+    with pytest.raises(
+        InputError, match=r"the term 'a' reads student\.conv3 \(4, 4, 4\) and teacher\.conv3 \(5, 4, 4\)"
+    ):
+        objective.rehearse(wrong)
+    assert objective.training
+
+
 def from_yaml(name: str, alpha: float, **fields: str) -> dict[str, Any]:
     """A file of conf/loss, resolved by hand as the command line would."""
     text = (CONF / f"{name}.yaml").read_text(encoding="utf-8").replace('"${complement:${alpha}}"', str(1 - alpha))
