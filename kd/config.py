@@ -28,6 +28,7 @@ from kd.training.settings import Fit, Run, require, typed
 
 STEPS = {"prune", "lowrank", "quantize", "recover"}  # what a list of compress may name, each a group of its own
 ROOT_KEYS = {"teacher", "student", "data", "loss", "fit", "teacher_fit", "labels", "pipeline", "run", *STEPS}
+ROOT_KEYS |= {"circle", "back"}  # of networks that learn together
 # Of models, for the pipelines that have several; and of steps.
 LISTS = {"teachers": "resnet34,resnet18", "assistants": "resnet34,resnet18", "students": "resnet34,resnet18"}
 LISTS |= {"compress": "prune,lowrank"}

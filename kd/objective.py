@@ -210,12 +210,12 @@ class Objective(nn.Module):
         """The layers of a net that active terms read, sorted: what to tap. Logits are no layer.
 
         Args:
-            side: `student` or `teacher`.
+            side: `student`, or `teacher`, or of several `teacher1`, `teacher2`, …
 
         Raises:
             InputError: if the side is another.
         """
-        if side not in ("student", "teacher"):
+        if not re.fullmatch(rf"student|teacher{_NUMBER}", side):
             raise InputError(f"{side!r} is no side of an objective{nearest(side, ('student', 'teacher'))}")
         views = {view for term in self.active.values() for named in term.names().values() for view in _each(named)}
         return sorted(v.partition(".")[2] for v in views if v.startswith(f"{side}.") and v != f"{side}.{LOGITS}")

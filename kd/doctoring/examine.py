@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from kd.data import Splits
     from kd.models import Normalised
     from kd.stages.assembly import Assembly
+    from kd.training.module import Distiller
     from kd.training.probe import Probed
 
 SAMPLES = 2000  # of validation that a teacher is asked about, and of training whose pixels are looked at
@@ -185,7 +186,7 @@ class _Desk:
             self.speeds[name] = make()
         return self.speeds[name]
 
-    def _assembled(self, node: Node, stage: Any, splits: Splits, plan: Plan, run: Run) -> Assembly:
+    def _assembled(self, node: Node, stage: Any, splits: Splits, plan: Plan, run: Run) -> Assembly[Distiller]:
         """The training as it would begin; a teacher that is not there yet is one of fresh weights."""
         from kd.stages.assembly import assemble
         from kd.stages.building import build
@@ -199,7 +200,9 @@ class _Desk:
         student = build(stage.student_config, stage.data, splits, stage.seed, room)
         return assemble(stage, student, inputs, splits, room, teacher)
 
-    def _stored(self, labels: Artifact | None, teacher: Artifact | None, made: Assembly, stage: Any, run: Run) -> Check:
+    def _stored(
+        self, labels: Artifact | None, teacher: Artifact | None, made: Assembly[Distiller], stage: Any, run: Run
+    ) -> Check:
         import torch
 
         from kd.models import load
@@ -219,7 +222,9 @@ class _Desk:
         half = config["precision"] != "32-true"
         return verdicts.stored_labels(agree, off, len(top), 5e-2 if half else _TOLERANCE[config["dtype"]])
 
-    def _steps(self, node: Node, stage: Any, made: Assembly, splits: Splits, run: Run, trained: bool) -> list[Check]:
+    def _steps(
+        self, node: Node, stage: Any, made: Assembly[Distiller], splits: Splits, run: Run, trained: bool
+    ) -> list[Check]:
         """Take some steps; what they show of the teacher, the losses and the terms."""
         live = made.module.teacher
         probed = self._probed(node, stage, made, splits, run)
@@ -235,7 +240,7 @@ class _Desk:
         checks += [verdicts.losses(probed.losses, probed.parts), verdicts.shares(probed.gradients, trained)]
         return [*checks, _memory(probed.peak, run)]
 
-    def _probed(self, node: Node, stage: Any, made: Assembly, splits: Splits, run: Run) -> Probed:
+    def _probed(self, node: Node, stage: Any, made: Assembly[Distiller], splits: Splits, run: Run) -> Probed:
         from kd.compress.measure import stored_bytes
         from kd.training.probe import loader_of, probe, speak
 
@@ -343,7 +348,7 @@ def _counted(node: Node) -> bool:
     return _trains(node) or hasattr(resolve(node.document["stage"]), "forecast")
 
 
-def _bindings(made: Assembly) -> Check:
+def _bindings(made: Assembly[Distiller]) -> Check:
     """Which views each term reads, and what the terms train themselves."""
     said = []
     for name, term in made.module.objective.active.items():

@@ -18,7 +18,8 @@ from kd.errors import KDError
 from kd.models.build import Normalised, create
 from kd.models.frozen import Frozen
 
-WEIGHTS, RECIPE = "model.safetensors", "model.json"
+NAME = "model"
+WEIGHTS, RECIPE = f"{NAME}.safetensors", f"{NAME}.json"
 
 
 def plain(net: nn.Module) -> nn.Module:
@@ -33,7 +34,7 @@ def plain(net: nn.Module) -> nn.Module:
     return net
 
 
-def save(net: nn.Module, spec: Mapping[str, Any], folder: Path) -> None:
+def save(net: nn.Module, spec: Mapping[str, Any], folder: Path, name: str = NAME) -> None:
     """Write a net's weights and its recipe into a folder.
 
     Args:
@@ -41,6 +42,7 @@ def save(net: nn.Module, spec: Mapping[str, Any], folder: Path) -> None:
         spec: `{"model": {"name", "options"}, "num_classes", "in_chans", "size"}`, plain data; further entries stay.
             `structure` is what compression made of that model (`kd.compress.structure`); without, it is as built.
         folder: made if it is not there.
+        name: of the files, for a folder that holds several nets.
 
     Raises:
         KDError: if the recipe lacks something or is no plain data.
@@ -63,20 +65,25 @@ def save(net: nn.Module, spec: Mapping[str, Any], folder: Path) -> None:
         raise KDError(f"the recipe to save is no plain data: {error}") from error
     folder.mkdir(parents=True, exist_ok=True)
     # Cloned, for safetensors refuses tensors that share memory.
-    save_file({n: v.detach().cpu().contiguous().clone() for n, v in plain(net).state_dict().items()}, folder / WEIGHTS)
-    (folder / RECIPE).write_text(text + "\n", encoding="utf-8")
+    state = {n: v.detach().cpu().contiguous().clone() for n, v in plain(net).state_dict().items()}
+    save_file(state, folder / f"{name}.safetensors")
+    (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
 
 
-def load(folder: Path) -> Normalised:
+def load(folder: Path, name: str = NAME) -> Normalised:
     """The net that `save` wrote, in eval mode, on the CPU.
+
+    Args:
+        folder: where it lies.
+        name: of its files.
 
     Raises:
         KDError: if files are missing, damaged, or not of one another.
     """
     folder = Path(folder)
-    recipe = recipe_of(folder)
+    recipe, weights = recipe_of(folder, name), folder / f"{name}.safetensors"
     try:
-        stored = load_file(folder / WEIGHTS)
+        stored = load_file(weights)
     except (OSError, ValueError, SafetensorError) as error:
         raise KDError(f"no net can be read from {folder}: {str(error).splitlines()[0]}") from error
     model = recipe["model"]
@@ -92,7 +99,7 @@ def load(folder: Path) -> Normalised:
     expected, found = _layout(net.state_dict()), _layout(stored)
     if wrong := sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):
         raise KDError(
-            f"{folder / WEIGHTS} does not hold the weights of {model['name']}: {wrong[0]} is "
+            f"{weights} does not hold the weights of {model['name']}: {wrong[0]} is "
             f"{found.get(wrong[0], 'missing')}, expected {expected.get(wrong[0], 'nothing by that name')} "
             f"({len(wrong)} such)"
         )
@@ -100,17 +107,21 @@ def load(folder: Path) -> Normalised:
     return Normalised(net, recipe["mean"], recipe["std"]).eval()
 
 
-def recipe_of(folder: Path) -> dict[str, Any]:
+def recipe_of(folder: Path, name: str = NAME) -> dict[str, Any]:
     """What the net in a folder is built from: the `spec` that `save` was given, with mean and std.
+
+    Args:
+        folder: where it lies.
+        name: of its files.
 
     Raises:
         KDError: if it is missing, damaged, or no recipe.
     """
     try:
-        recipe = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
+        recipe = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise KDError(f"no net can be read from {folder}: {str(error).splitlines()[0]}") from error
-    _checked(recipe, str(folder / RECIPE))
+    _checked(recipe, str(folder / f"{name}.json"))
     found: dict[str, Any] = recipe
     return found
 

@@ -28,7 +28,7 @@ from typing import Any
 from kd.errors import InputError, offer
 from kd.pipeline.steps import steps
 
-MODEL = {"_target_": "kd.models.create", "name": "", "pretrained": False, "options": {}}
+MODEL = {"_target_": "kd.models.create", "name": "", "pretrained": False, "stages": None, "options": {}}
 FIELDS = ("for_each", "start", "stage", "stages")
 TOKENS = ("@item", "@model", "@index", "@name", "@previous", "@earlier")
 

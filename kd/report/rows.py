@@ -27,6 +27,7 @@ COST = ("parameters", "macs", "bytes", "latency_ms_batch1", "latency_ms_batch64"
 MEASURED = ("gain", "latency_ms_batch1", "latency_ms_batch64", "wall_s")
 # What a row is compared with, measured on another run: one teacher for all seeds has no spread.
 REFERENCES = ("teacher/accuracy", "alone/accuracy")
+HEARS = ("Distil", "Circle")  # the stages whose student hears another network
 # Settings with a column of their own.
 _NAMED = ("model", "data", "teacher", "loss", "epochs", "samples")
 _OWN = {"config.seed", "config.fit.epochs", "config.fit.samples", "config.model.name", "config.data.name"}
@@ -73,7 +74,7 @@ def related(cards: Iterable[Card], lookup: Mapping[str, Card]) -> list[Card]:
     while queue:
         card = queue.pop()
         near = [lookup[key] for key in _inputs(card).values() if key in lookup]
-        near += alone.get(_student(card), []) if _is(card, "Distil") else []
+        near += alone.get(_student(card), []) if _is(card, *HEARS) else []
         for other in near:
             if other["key"] not in found:
                 found[other["key"]] = other
@@ -168,8 +169,8 @@ def _inputs(card: Card) -> dict[str, str]:
     return dict(card["document"].get("inputs", {}))
 
 
-def _is(card: Card, stage: str) -> bool:
-    return str(card["document"]["stage"]).rpartition(".")[2] == stage
+def _is(card: Card, *stages: str) -> bool:
+    return str(card["document"]["stage"]).rpartition(".")[2] in stages
 
 
 def _scored(card: Card) -> bool:
@@ -220,7 +221,7 @@ def _row(card: Card, known: Mapping[str, Card], teachers: set[str], alone: Mappi
     deaf = ("temperature", "alpha") if _is(card, "Train") else ()
     dials = {name: value for name, value in (card.get("dials") or {}).items() if name not in deaf}
     row: Row = {"role": _role(card, teachers), "model": model.get("name"), "data": config.get("data", {}).get("name")}
-    if _is(card, "Distil"):
+    if _is(card, *HEARS):
         row |= {"teacher": _model(teacher).get("name") if teacher else None, "loss": _loss(config.get("objective", {}))}
     row |= {name: value for name, value in dials.items() if name not in ("seed", *row)}
     row |= {"epochs": fit.get("epochs"), "samples": fit.get("samples") or "all", "seed": config.get("seed")}
@@ -249,14 +250,14 @@ def _loss(terms: Mapping[str, Any]) -> str | None:
 def _role(card: Card, teachers: set[str]) -> str:
     if _is(card, "Train"):
         return TEACHER if card["key"] in teachers else ALONE
-    if _is(card, "Distil"):
+    if _is(card, *HEARS):
         return DISTILLED
     return str(card["document"]["stage"]).rpartition(".")[2].lower()
 
 
 def _alone_accuracy(card: Card, alone: Mapping[str, list[Card]]) -> float | None:
     """Accuracy of the same student trained alone: with the same seed, else the mean over the seeds there are."""
-    if not _is(card, "Distil"):
+    if not _is(card, *HEARS):
         return None
     others = alone.get(_student(card), [])
     seed = card["document"]["config"].get("seed")

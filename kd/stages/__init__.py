@@ -1,6 +1,7 @@
 """Stages: one dataclass each; fields are its config, `run` makes its artifact. Torch is imported late."""
 
 from kd.stages.base import Room, Stage
+from kd.stages.circle import Circle
 from kd.stages.compress import FineTune, LowRank, Prune
 from kd.stages.fingerprints import code_print, environment_print
 from kd.stages.image import Distil, Train
@@ -8,6 +9,7 @@ from kd.stages.labels import SoftLabels
 from kd.stages.quantize import Quantize
 
 __all__ = [
+    "Circle",
     "Distil",
     "FineTune",
     "LowRank",

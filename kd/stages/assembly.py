@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from kd.stages.base import Config, Room
 from kd.stages.building import build_objective
@@ -19,12 +19,15 @@ if TYPE_CHECKING:
     from kd.training.module import Distiller
 
 
+Module = TypeVar("Module")
+
+
 @dataclass(frozen=True)
-class Assembly:
+class Assembly(Generic[Module]):
     """What a training is given.
 
     Args:
-        module: student, teacher and objective.
+        module: student, teacher and objective; or a circle of networks that learn together.
         fit: the schedule.
         split: the samples to learn from.
         labels: what the teacher said of them before, where that is stored.
@@ -34,7 +37,7 @@ class Assembly:
         bindings: what the terms are bound to, a line each.
     """
 
-    module: Distiller
+    module: Module
     fit: Fit
     split: Split
     labels: StoredLabels | None
@@ -65,7 +68,7 @@ def assemble(
     splits: Splits,
     room: Room,
     teacher: Normalised | None = None,
-) -> Assembly:
+) -> Assembly[Distiller]:
     """Put a stage's training together; the terms' own parts are drawn from the stage's seed.
 
     Args:

@@ -58,9 +58,7 @@ def bind(
     teacher_stages: Sequence[str] | None = None,
     rehearse: bool = False,
 ) -> list[str]:
-    """Give the terms the layers that their parts stand for, and the shapes of what they compare.
-
-    One blank batch goes through both networks, in eval mode. What is bound to what is returned, a line each.
+    """Bind the terms of a student under one teacher, or under none: see `bind_sides`.
 
     Args:
         objective: its parts get their layers, its losses what they train.
@@ -75,16 +73,43 @@ def bind(
     Raises:
         InputError: if a layer is not there, or shapes cannot be bridged.
     """
+    nets = {"student": student} | ({} if teacher is None else {"teacher": teacher})
+    return bind_sides(objective, nets, data, stored, samples, {"teacher": teacher_stages}, rehearse)
+
+
+def bind_sides(
+    objective: Objective,
+    nets: Mapping[str, Normalised],
+    data: Config,
+    stored: Mapping[str, torch.Tensor] | None = None,
+    samples: int = 2,
+    chosen: Mapping[str, Sequence[str] | None] | None = None,
+    rehearse: bool = False,
+) -> list[str]:
+    """Give the terms the layers that their parts stand for, and the shapes of what they compare.
+
+    One blank batch goes through each network, in eval mode. What is bound to what is returned, a line each.
+
+    Args:
+        objective: its parts get their layers, its losses what they train.
+        nets: by side: `student`, and `teacher`, or of several `teacher1`, `teacher2`, ….
+        data: for the shape of an image.
+        stored: what is kept of the outputs of teachers on two samples, where these are not asked.
+        samples: how many the split has, for a loss that remembers each.
+        chosen: by side, layers that are its stages where it does not know them itself.
+        rehearse: whether to compute each term once too.
+
+    Raises:
+        InputError: if a layer is not there, or shapes cannot be bridged.
+    """
     import torch
 
     from kd.models import Taps, outline
     from kd.models.taps import Layout, laid
     from kd.training.trainer import blank
 
-    images = blank(data, 2)
+    images, chosen = blank(data, 2), chosen or {}
     views = {"batch.target": torch.zeros(2, dtype=torch.long), **(stored or {})}
-    nets = {role: net for role, net in (("student", student), ("teacher", teacher)) if net is not None}
-    chosen = {"teacher": teacher_stages}
     shape = tuple(images.shape[1:])
     try:
         outlines = {r: outline(n.net, shape, chosen.get(r)) for r, n in nets.items() if objective.names_parts(r)}
@@ -107,9 +132,11 @@ def bind(
         views |= {f"{role}.{path}": value for path, value in taps.pop().items()}
         taps.remove()
         net.train(training)
-    pair = views.get("student.logits"), views.get("teacher.logits")
-    if pair[0] is not None and pair[1] is not None and pair[0].shape != pair[1].shape:
-        raise InputError(f"the student has {pair[0].shape[1]} classes and the teacher {pair[1].shape[1]}")
+    own = views.get("student.logits")
+    for name, theirs in views.items():
+        side, _, what = name.partition(".")
+        if own is not None and side.startswith("teacher") and what == "logits" and own.shape != theirs.shape:
+            raise InputError(f"the student has {own.shape[1]} classes and the {side} {theirs.shape[1]}")
     for name in objective.lay({name: view.shape for name, view in views.items()}):
         bare = name.removesuffix(names.MAPS)
         try:

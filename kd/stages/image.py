@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from kd import names
 from kd.errors import InputError
 from kd.schedules import weighs
-from kd.stages.assembly import assemble
+from kd.stages.assembly import Assembly, assemble
 from kd.stages.base import Config, Room, Stage
 from kd.stages.bindings import bind, reads_stages, views_of
 from kd.stages.building import build, build_objective
@@ -271,10 +271,27 @@ def train_net(
     masks: Mapping[str, torch.Tensor] | None = None,
     finish: Callable[[Normalised], list[dict[str, Any]]] | None = None,
 ) -> dict[str, Any]:
+    """Put a student's training together and do it: see `trained`."""
+    made = assemble(stage, student, inputs, splits, room)
+    return trained(stage, made, inputs, splits, out, room, spec, masks, finish)
+
+
+def trained(
+    stage: Any,
+    made: Assembly[Any],
+    inputs: Mapping[str, Artifact],
+    splits: Splits,
+    out: Path,
+    room: Room,
+    spec: Mapping[str, Any],
+    masks: Mapping[str, torch.Tensor] | None = None,
+    finish: Callable[[Normalised], list[dict[str, Any]]] | None = None,
+    more: Callable[[], dict[str, Any]] = dict,
+) -> dict[str, Any]:
     """Fit the student, then evaluate it on validation and, once, on test; write weights and card parts.
 
     ``spec`` is what it is built from again; ``masks`` the parameters whose zeros stay; ``finish`` changes what training
-    leaves, and says how its structure changed.
+    leaves, and says how its structure changed; ``more`` gives further metrics when all is trained.
     """
     import torch
     from safetensors.torch import save_file
@@ -285,8 +302,7 @@ def train_net(
     from kd.training.loggers import loggers, summarise
     from kd.training.trainer import device_of, train
 
-    made, data = assemble(stage, student, inputs, splits, room), stage.data
-    module = made.module
+    data, module = stage.data, made.module
     with loggers(
         room.run,
         key=room.key,
@@ -320,6 +336,7 @@ def train_net(
         if finish is not None:
             spec = {**spec, "structure": [*spec.get("structure", []), *finish(student)]}
         metrics, chosen = evaluated(student, peer_of(inputs, made.teacher, data), splits, data, room)
+        metrics |= more()
         content = data_print(data, room)
         student = student.cpu().eval()
         shape = (int(data["channels"]), int(data["size"]), int(data["size"]))

@@ -15,6 +15,7 @@ from torch import Tensor
 from kd.errors import KDError
 from kd.models import weights_digest
 from kd.store import write_text
+from kd.training.circle import Circle
 from kd.training.module import Distiller
 from kd.training.pruning import Pruned, Trial, report
 from kd.training.ranks import alone, averaged
@@ -25,9 +26,12 @@ FIRST = 10  # losses recorded one by one, so that an early divergence tells wher
 _MEND = "the last good checkpoint is kept. Lower fit.lr, set fit.clip=1, or raise the temperature"
 
 
-def _distiller(module: pl.LightningModule) -> Distiller:
-    if not isinstance(module, Distiller):
-        raise TypeError(f"expected a Distiller, got {type(module).__name__}")
+Learner = Distiller | Circle
+
+
+def _learner(module: pl.LightningModule) -> Learner:
+    if not isinstance(module, Learner):
+        raise TypeError(f"expected a Distiller or a Circle, got {type(module).__name__}")
     return module
 
 
@@ -41,7 +45,7 @@ class Reseed(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Reseed from the global step, and tell the losses that have a schedule where it stands."""
         seed_step(self.seed, trainer.global_step, trainer.global_rank)
-        _distiller(pl_module).objective.at(trainer.global_step / trainer.num_training_batches, trainer.max_epochs or 1)
+        _learner(pl_module).at(trainer.global_step / trainer.num_training_batches, trainer.max_epochs or 1)
 
 
 class Masks(pl.Callback):
@@ -54,7 +58,7 @@ class Masks(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the parameters where they are now."""
-        parameters = dict(_distiller(pl_module).student.net.named_parameters())
+        parameters = dict(_learner(pl_module).student.net.named_parameters())
         self.pairs = [(parameters[name], mask.to(parameters[name].device)) for name, mask in self.masks.items()]
         self.on_train_batch_end()
 
@@ -121,7 +125,7 @@ class Recorder(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any) -> None:
         """Add the step to the epoch's sums, watch for numbers that are not finite, log where due."""
-        module, step = _distiller(pl_module), trainer.global_step
+        module, step = _learner(pl_module), trainer.global_step
         total = outputs["loss"].detach()
         if not alone():
             names = list(module.parts)
@@ -148,7 +152,7 @@ class Recorder(pl.Callback):
             row |= {"lr": trainer.optimizers[0].param_groups[0]["lr"], "epoch": (step - 1) // self.steps_per_epoch}
             self.write(trainer, step, row)
 
-    def check_losses(self, module: Distiller, step: int) -> None:
+    def check_losses(self, module: Learner, step: int) -> None:
         """Look whether each loss of this epoch was finite, up to ``step``.
 
         Raises:
@@ -162,7 +166,7 @@ class Recorder(pl.Callback):
         now = ", ".join(f"{name}={part.item():.4g}" for name, part in module.parts.items())
         raise KDError(f"{self._when(step)}: {named} not finite ({now}); {_MEND}")
 
-    def check_weights(self, module: Distiller, step: int) -> None:
+    def check_weights(self, module: Learner, step: int) -> None:
         """Look whether losses and weights are finite: a step's gradient can spoil these unseen by its loss.
 
         Raises:
@@ -180,7 +184,7 @@ class Recorder(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Close the epoch: means, validation metrics, weights digest."""
-        module, step = _distiller(pl_module), trainer.global_step
+        module, step = _learner(pl_module), trainer.global_step
         self.check_losses(module, step)
         means = {f"train/{name}": value.item() / self.counts[name] for name, value in self.sums.items()}
         valid = {f"val/{n}": v for n, v in module.validation.items() if isinstance(v, (int, float))}
@@ -228,7 +232,7 @@ class Selection(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Compare this epoch's validation accuracy with the best."""
-        module = _distiller(pl_module)
+        module = _learner(pl_module)
         if trainer.sanity_checking or not self.fit.needs_validation:
             return
         score = float(module.validation["accuracy"])
@@ -239,7 +243,7 @@ class Selection(pl.Callback):
         if self._patience_ended(trainer.current_epoch):
             trainer.should_stop = True
 
-    def restore(self, module: Distiller) -> None:
+    def restore(self, module: Learner) -> None:
         """Put the chosen epoch's weights back into the student."""
         if self.fit.select == "best" and self.weights:
             module.student.net.load_state_dict(self.weights)
@@ -271,7 +275,7 @@ class Checkpoint(pl.Callback):
 
     def write(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write beside, then rename."""
-        self.recorder.check_weights(_distiller(pl_module), trainer.global_step)
+        self.recorder.check_weights(_learner(pl_module), trainer.global_step)
         temporary = self.path.with_suffix(".tmp")
         trainer.save_checkpoint(temporary)
         if trainer.is_global_zero:
@@ -312,7 +316,7 @@ class Pruning(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep the epoch's value; the recorder clears it away."""
-        value = _distiller(pl_module).validation.get(self.metric.removeprefix("val/"))
+        value = _learner(pl_module).validation.get(self.metric.removeprefix("val/"))
         if isinstance(value, (int, float)):
             self.values[trainer.current_epoch + 1] = float(value)
 

@@ -101,6 +101,10 @@ class Distiller(pl.LightningModule):
             if net is not None:
                 net._compiled_call_impl = None
 
+    def at(self, epoch: float, epochs: int) -> None:
+        """Tell the terms where training stands."""
+        self.objective.at(epoch, epochs)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The weighted sum of the terms; the parts stay in `parts` for whoever records them."""
         total: Tensor

@@ -33,8 +33,8 @@ def scale(fit: Fit, steps_per_epoch: int) -> Callable[[int], float]:
     return factor
 
 
-def configure(fit: Fit, steps_per_epoch: int) -> Callable[[list[torch.nn.Parameter]], dict[str, Any]]:
-    """What the module calls with its trainable parameters, in Lightning's form.
+def configure(fit: Fit, steps_per_epoch: int) -> Callable[[list[Any]], dict[str, Any]]:
+    """What the module calls with its trainable parameters, or groups of them, in Lightning's form.
 
     Raises:
         InputError: if the optimiser is none of torch's, or has no such field; when called, if it refuses a value.
@@ -49,7 +49,7 @@ def configure(fit: Fit, steps_per_epoch: int) -> Callable[[list[torch.nn.Paramet
     signature_errors(fit.optimiser, "fit.optimiser", late=("params", "lr"))
     keywords = {key: value for key, value in fit.optimiser.items() if key != "_target_"}
 
-    def build(parameters: list[torch.nn.Parameter]) -> dict[str, Any]:
+    def build(parameters: list[Any]) -> dict[str, Any]:
         try:
             optimiser = kind(parameters, lr=fit.lr, **keywords)
         except (TypeError, ValueError) as error:

@@ -23,6 +23,7 @@ from kd.data import Split
 from kd.data.labels import StoredLabels
 from kd.errors import InputError
 from kd.training.callbacks import Checkpoint, Masks, Progress, Recorder, Reseed, Selection, Together
+from kd.training.circle import Circle
 from kd.training.gradients import Gradients
 from kd.training.loaders import EpochLoader
 from kd.training.loop import install
@@ -92,7 +93,7 @@ def evaluation_loader(split: Split, size: int, run: Run, device: torch.device | 
 
 
 def train(
-    module: Distiller,
+    module: Distiller | Circle,
     data: tuple[Split, Split],
     fit: Fit,
     run: Run,
@@ -132,7 +133,8 @@ def train(
         )
     gpu = device_of(run).type == "cuda"
     check_compiler("fit.compile", fit.compile, run)
-    check_ranks(fit, run.devices, gpu, module.student, module.objective)
+    if isinstance(module, Distiller):
+        check_ranks(fit, run.devices, gpu, module.student, module.objective)
     place = _Place(seed, size, augment, work, views, view_seed, labels, turns, masks)
     with spread(run.devices, tell) as rank:
         if rank:
@@ -156,7 +158,7 @@ class _Place:
 
 
 def _fit(
-    module: Distiller,
+    module: Distiller | Circle,
     data: tuple[Split, Split],
     fit: Fit,
     run: Run,
@@ -211,7 +213,8 @@ def _fit(
     recorder = Recorder(work, run.log_every, len(loader))
     gradients = Gradients(recorder, run.gradients)
     selection = Selection(fit)
-    every = 1 if fit.needs_validation else run.validate_every
+    judged = isinstance(module, Circle) and bool(module.judges)
+    every = 1 if fit.needs_validation or judged else run.validate_every
     # Filling fresh memory costs a write a tensor and hides no error here.
     setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010
     together = Together(
