@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,6 +9,7 @@ from torch import Tensor, nn
 from kd.errors import InputError
 from kd.losses import checks, layers
 from kd.losses.layers import Layers, Shapes
+from kd.losses.rising import risen
 
 
 def hcl(student: Layers, teacher: Layers) -> Tensor:
@@ -45,7 +44,7 @@ def hcl(student: Layers, teacher: Layers) -> Tensor:
             value = value + weight * F.mse_loss(layers.averaged(ours, size), layers.averaged(theirs, size))
             weights += weight
         total.append(value / weights)
-    return torch.stack(total).sum()
+    return layers.summed(total)
 
 
 class ReviewKD(nn.Module):
@@ -84,7 +83,7 @@ class ReviewKD(nn.Module):
 
     def at(self, epoch: float, epochs: int) -> None:
         """Set the weight for where training stands: `epoch` epochs are done."""
-        self.factor = min((math.floor(epoch) + 1) / self.warmup, 1.0) if self.warmup else 1.0
+        self.factor = risen(epoch, self.warmup)
 
     def bind(self, student_shape: Shapes, teacher_shape: Shapes) -> None:
         """Make the fusions, drawing their weights from the global generator; a second time it does nothing.

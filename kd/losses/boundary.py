@@ -102,30 +102,20 @@ class AB(nn.Module):
 
     READS = "maps"
 
-    connectors: nn.ModuleList | None
     extra_repr = checks.shown("margin")
 
     def __init__(self, margin: float = 1.0) -> None:
         super().__init__()
         self.margin = checks.positive("margin", margin)
-        self.register_module("connectors", None)
+        self.connectors = layers.Connectors("ab", _where_wider)
 
     def bind(self, student_shape: Shapes, teacher_shape: Shapes) -> None:
-        """Make the connectors, drawing their weights from the global generator; a second time it does nothing.
-
-        Raises:
-            InputError: if a layer gives no maps, or one side has more layers.
-        """
-        if self.connectors is None:
-            self.connectors = layers.connectors("ab", student_shape, teacher_shape, _where_wider)
+        """Make the connectors, as `layers.Connectors` does."""
+        self.connectors.bind(student_shape, teacher_shape)
 
     def forward(self, student: Layers, teacher: Layers) -> Tensor:
-        """The scalar for maps as bound, any batch size.
-
-        Raises:
-            InputError: if `bind` was not called, or the maps are others.
-        """
-        found = layers.connected("ab", self.connectors, student, teacher)
+        """The scalar for maps as bound, any batch size."""
+        found = self.connectors(student, teacher)
         return _halved([ab(s, t, self.margin) for s, t in found])
 
 
@@ -145,29 +135,18 @@ class OFD(nn.Module):
 
     READS = "maps"
 
-    connectors: nn.ModuleList | None
-
     def __init__(self) -> None:
         super().__init__()
-        self.register_module("connectors", None)
+        self.connectors = layers.Connectors("ofd", layers.normed)
 
     def bind(self, student_shape: Shapes, teacher_shape: Shapes) -> None:
-        """Make the connectors, drawing their weights from the global generator; a second time it does nothing.
-
-        Raises:
-            InputError: if a layer gives no maps, or one side has more layers.
-        """
-        if self.connectors is None:
-            self.connectors = layers.connectors("ofd", student_shape, teacher_shape, layers.normed)
+        """Make the connectors, as `layers.Connectors` does."""
+        self.connectors.bind(student_shape, teacher_shape)
 
     def forward(self, student: Layers, teacher: Layers) -> Tensor:
-        """The scalar for maps as bound, any batch size.
-
-        Raises:
-            InputError: if `bind` was not called, or the maps are others.
-        """
+        """The scalar for maps as bound, any batch size."""
         parts = []
-        for s, t in layers.connected("ofd", self.connectors, student, teacher):
+        for s, t in self.connectors(student, teacher):
             wide = checks.widened(t)
             variance, mean = torch.var_mean(wide, dim=(0, 2, 3), correction=0)
             parts.append(ofd(s, t, expected_below(mean, variance.sqrt())))
@@ -180,4 +159,4 @@ def _where_wider(student: int, teacher: int) -> nn.Module | None:
 
 def _halved(parts: list[Tensor]) -> Tensor:
     """The sum of the layers, the last once and each before it half of the next."""
-    return torch.stack([part / 2 ** (len(parts) - 1 - i) for i, part in enumerate(parts)]).sum()
+    return layers.summed([part / 2 ** (len(parts) - 1 - i) for i, part in enumerate(parts)])

@@ -136,6 +136,40 @@ def labels(target: Tensor, student: Tensor) -> Tensor:
     return target.long()
 
 
+def labelled(student: Tensor, teacher: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`pair` of both logits, and `labels` of the target.
+
+    Raises:
+        InputError: as those two.
+
+    >>> labelled(torch.zeros(1, 2), torch.ones(1, 2), torch.tensor([1]))[2]
+    tensor([1])
+    """
+    student, teacher = pair(student, teacher)
+    return student, teacher, labels(target, student)
+
+
+def is_label(logits: Tensor, target: Tensor) -> Tensor:
+    """(N, C): true at each sample's label.
+
+    >>> is_label(torch.zeros(1, 3), torch.tensor([1]))
+    tensor([[False,  True, False]])
+    """
+    return torch.arange(logits.shape[1], device=logits.device) == target[:, None]
+
+
+def two_classes(logits: Tensor) -> None:
+    """Refuse logits (N, C) of one class, where a loss needs another beside the label.
+
+    Raises:
+        InputError: if C is 1.
+    """
+    if logits.shape[1] < 2:
+        raise InputError(
+            f"logits of shape {tuple(logits.shape)} have no class beside the label; two or more are needed"
+        )
+
+
 def rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Features (N, …) of both as (N, D) in the precision to compute in; each may have a width of its own.
 

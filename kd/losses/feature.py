@@ -178,7 +178,6 @@ class VID(nn.Module):
 
     READS = "maps"
 
-    connectors: nn.ModuleList | None
     extra_repr = checks.shown("variance")
 
     def __init__(self, variance: float = 5.0) -> None:
@@ -186,17 +185,13 @@ class VID(nn.Module):
         self.variance = checks.positive("variance", variance)
         if self.variance <= _FLOOR:
             raise checks.BadValue(f"variance is {variance!r}; it must be above its floor, {_FLOOR:g}")
-        self.register_module("connectors", None)
+        self.connectors = layers.Connectors("vid", _regressor)
         self.scales = nn.ParameterList()
 
     def bind(self, student_shape: Shapes, teacher_shape: Shapes) -> None:
-        """Make regressors and variances, drawing weights from the global generator; a second time it does nothing.
-
-        Raises:
-            InputError: if a layer gives no maps, or one side has more layers.
-        """
-        if self.connectors is None:
-            self.connectors = layers.connectors("vid", student_shape, teacher_shape, _regressor)
+        """Make regressors and variances, as `layers.Connectors` does."""
+        if not len(self.connectors):
+            self.connectors.bind(student_shape, teacher_shape)
             begin = math.log(math.expm1(self.variance - _FLOOR))
             for _, shape in layers.shapes(student_shape, teacher_shape):
                 self.scales.append(nn.Parameter(torch.full((shape[1],), begin)))
@@ -206,13 +201,9 @@ class VID(nn.Module):
         return [F.softplus(checks.widened(scale)) + _FLOOR for scale in self.scales]
 
     def forward(self, student: Layers, teacher: Layers) -> Tensor:
-        """The scalar for maps as bound, any batch size.
-
-        Raises:
-            InputError: if `bind` was not called, or the maps are others.
-        """
-        found = layers.connected("vid", self.connectors, student, teacher)
-        return torch.stack([vid(s, t, v) for (s, t), v in zip(found, self.variances(), strict=True)]).sum()
+        """The scalar for maps as bound, any batch size."""
+        found = self.connectors(student, teacher)
+        return layers.summed([vid(s, t, v) for (s, t), v in zip(found, self.variances(), strict=True)])
 
 
 class MGD(nn.Module):
@@ -236,42 +227,33 @@ class MGD(nn.Module):
 
     READS = "maps"
 
-    connectors: nn.ModuleList | None
     generators: nn.ModuleList | None
     extra_repr = checks.shown("masked")
 
     def __init__(self, masked: float = 0.65) -> None:
         super().__init__()
         self.masked = checks.within("masked", masked, high=1.0)
-        self.register_module("connectors", None)
+        self.connectors = layers.Connectors("mgd", _aligned)
         self.register_module("generators", None)
 
     def bind(self, student_shape: Shapes, teacher_shape: Shapes) -> None:
-        """Make connectors and generators, drawing from the global generator; a second time it does nothing.
-
-        Raises:
-            InputError: if a layer gives no maps, or one side has more layers.
-        """
-        if self.connectors is None:
-            self.connectors = layers.connectors("mgd", student_shape, teacher_shape, _aligned)
+        """Make connectors and generators, as `layers.Connectors` does."""
+        if self.generators is None:
+            self.connectors.bind(student_shape, teacher_shape)
             self.generators = nn.ModuleList(
                 nn.Sequential(nn.Conv2d(t[1], t[1], 3, padding=1), nn.ReLU(), nn.Conv2d(t[1], t[1], 3, padding=1))
                 for _, t in layers.shapes(student_shape, teacher_shape)
             )
 
     def forward(self, student: Layers, teacher: Layers) -> Tensor:
-        """The scalar for maps as bound, any batch size.
-
-        Raises:
-            InputError: if `bind` was not called, or the maps are others.
-        """
-        found = layers.connected("mgd", self.connectors, student, teacher)
+        """The scalar for maps as bound, any batch size."""
+        found = self.connectors(student, teacher)
         assert self.generators is not None
         parts = []
         for generator, (maps, theirs) in zip(self.generators, found, strict=True):
             left = torch.rand(len(maps), 1, *maps.shape[2:], device=maps.device) <= 1 - self.masked
             parts.append(mgd(generator(maps * left), theirs))
-        return torch.stack(parts).sum()
+        return layers.summed(parts)
 
 
 def _regressor(student: int, teacher: int) -> nn.Module:

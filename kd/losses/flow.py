@@ -43,7 +43,7 @@ def fsp(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     total = []
     for (s, t), (s_next, t_next) in pairwise(found):
         total.append(F.mse_loss(_flow(s, s_next), _flow(t, t_next)))
-    return torch.stack(total).sum()
+    return layers.summed(total)
 
 
 def kdsvd(student: Sequence[Tensor], teacher: Sequence[Tensor], rank: int = 1) -> Tensor:
@@ -76,7 +76,7 @@ def kdsvd(student: Sequence[Tensor], teacher: Sequence[Tensor], rank: int = 1) -
     total = []
     for (s, t), (s_next, t_next) in pairwise(aligned):
         total.append((_likeness(s, s_next) - _likeness(t, t_next)).square().sum())
-    return torch.stack(total).sum() / len(student[0])
+    return layers.summed(total) / len(student[0])
 
 
 class FSP(nn.Module):
@@ -90,29 +90,18 @@ class FSP(nn.Module):
 
     READS = "maps"
 
-    connectors: nn.ModuleList | None
-
     def __init__(self) -> None:
         super().__init__()
-        self.register_module("connectors", None)
+        self.connectors = layers.Connectors("fsp", layers.between)
 
     def bind(self, student_shape: Shapes, teacher_shape: Shapes) -> None:
-        """Make the connectors, drawing their weights from the global generator; a second time it does nothing.
-
-        Raises:
-            InputError: if a layer gives no maps, one side has more layers, or there are fewer than two.
-        """
+        """Make the connectors, as `layers.Connectors` does, of two layers or more."""
         _two(len(layers.shapes(student_shape, teacher_shape)))
-        if self.connectors is None:
-            self.connectors = layers.connectors("fsp", student_shape, teacher_shape, layers.between)
+        self.connectors.bind(student_shape, teacher_shape)
 
     def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-        """The scalar for lists of maps as bound, any batch size.
-
-        Raises:
-            InputError: if `bind` was not called, or the maps are others.
-        """
-        found = layers.connected("fsp", self.connectors, student, teacher)
+        """The scalar for lists of maps as bound, any batch size."""
+        found = self.connectors(student, teacher)
         return fsp([s for s, _ in found], [t for _, t in found])
 
 
@@ -127,31 +116,21 @@ class KDSVD(nn.Module):
 
     COMPARES_SAMPLES = True
 
-    connectors: nn.ModuleList | None
     extra_repr = checks.shown("rank")
 
     def __init__(self, rank: int = 1) -> None:
         super().__init__()
         self.rank = checks.whole("rank", rank)
-        self.register_module("connectors", None)
+        self.connectors = layers.Connectors("kdsvd", layers.between)
 
     def bind(self, student_shape: Shapes, teacher_shape: Shapes) -> None:
-        """Make the connectors, drawing their weights from the global generator; a second time it does nothing.
-
-        Raises:
-            InputError: if a layer gives no maps, one side has more layers, or there are fewer than two.
-        """
+        """Make the connectors, as `layers.Connectors` does, of two layers or more."""
         _two(len(layers.shapes(student_shape, teacher_shape)))
-        if self.connectors is None:
-            self.connectors = layers.connectors("kdsvd", student_shape, teacher_shape, layers.between)
+        self.connectors.bind(student_shape, teacher_shape)
 
     def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-        """The scalar for lists of maps as bound, any batch size.
-
-        Raises:
-            InputError: if `bind` was not called, or the maps are others.
-        """
-        found = layers.connected("kdsvd", self.connectors, student, teacher)
+        """The scalar for lists of maps as bound, any batch size."""
+        found = self.connectors(student, teacher)
         return kdsvd([s for s, _ in found], [t for _, t in found], self.rank)
 
 

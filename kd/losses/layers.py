@@ -89,34 +89,6 @@ def maps(student: Tensor, teacher: Tensor, widths: bool = True) -> tuple[Tensor,
         return averaged(student, grid), averaged(teacher, grid)
 
 
-def connectors(
-    loss: str, student: Shapes, teacher: Shapes, make: Callable[[int, int], nn.Module | None]
-) -> nn.ModuleList:
-    """One trained connector a layer, from the student's channels to the teacher's.
-
-    Args:
-        loss: its name, for the message.
-        student: shapes (N, C, H, W), one or a list.
-        teacher: shapes (N, D, H, W), as many.
-        make: from C and D to the connector; None where there is nothing to bridge.
-
-    Raises:
-        InputError: if a shape is not that of maps, or one side has more layers.
-
-    >>> connectors("fsp", (8, 3, 4, 4), (8, 5, 4, 4), between)[0][0]
-    Conv2d(3, 5, kernel_size=(1, 1), stride=(1, 1), bias=False)
-    """
-    made = []
-    for ours, theirs in shapes(student, teacher):
-        if len(ours) != 4 or len(theirs) != 4:
-            raise InputError(
-                f"{loss} cannot lead from features of shape {ours} to {theirs}; choose two layers that both give maps "
-                "(N, C, H, W)"
-            )
-        made.append(make(ours[1], theirs[1]) or nn.Identity())
-    return nn.ModuleList(made)
-
-
 def between(student: int, teacher: int) -> nn.Module | None:
     """A 1x1 convolution where the widths differ, else nothing.
 
@@ -135,22 +107,74 @@ def normed(student: int, teacher: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(student, teacher, 1, bias=False), nn.BatchNorm2d(teacher))
 
 
-def connected(loss: str, parts: nn.ModuleList | None, student: Layers, teacher: Layers) -> list[tuple[Tensor, Tensor]]:
-    """Each layer's maps on their common grid, the student's through its connector.
+class Connectors(nn.ModuleList):
+    """One trained connector a layer, which leads from the student's channels to the teacher's.
 
-    Raises:
-        InputError: if `bind` was not called, or the maps are others than those bound.
+    Losses that compare maps of two widths hold these; they are optimised and checkpointed with the objective and never
+    shipped with the student.
+
+    Args:
+        loss: its name, for messages.
+        make: from the student's channels and the teacher's to a connector; None where there is nothing to bridge.
+
+    >>> connectors = Connectors("fsp", between)
+    >>> connectors.bind((8, 3, 4, 4), (8, 5, 4, 4))
+    >>> connectors[0][0]
+    Conv2d(3, 5, kernel_size=(1, 1), stride=(1, 1), bias=False)
     """
-    found = [maps(ours, theirs) for ours, theirs in pairs(student, teacher)]
-    if parts is None:
-        raise InputError(f"{loss} is used before it knows its shapes; call bind(student_shape, teacher_shape) first")
-    if len(parts) != len(found):
-        raise InputError(f"{loss} was bound to {len(parts)} layers and is given {len(found)}")
-    for part, (ours, _) in zip(parts, found, strict=True):
-        taken = next((m.in_channels for m in part.modules() if isinstance(m, nn.Conv2d)), ours.shape[1])
-        if taken != ours.shape[1]:
-            raise InputError(f"the student's maps have {ours.shape[1]} channels; {loss} was bound to {taken}")
-    return [(part(ours), theirs) for part, (ours, theirs) in zip(parts, found, strict=True)]
+
+    def __init__(self, loss: str, make: Callable[[int, int], nn.Module | None]) -> None:
+        super().__init__()
+        self.loss, self.make = loss, make
+
+    def bind(self, student: Shapes, teacher: Shapes) -> None:
+        """Make them, drawing their weights from the global generator; a second time it does nothing.
+
+        Args:
+            student: shapes (N, C, H, W), one or a list.
+            teacher: shapes (N, D, H, W), as many.
+
+        Raises:
+            InputError: if a shape is not that of maps, or one side has more layers.
+        """
+        made = []
+        for ours, theirs in shapes(student, teacher):
+            if len(ours) != 4 or len(theirs) != 4:
+                raise InputError(
+                    f"{self.loss} cannot lead from features of shape {ours} to {theirs}; choose two layers that both "
+                    "give maps (N, C, H, W)"
+                )
+            made.append((ours[1], theirs[1]))
+        if not len(self):
+            self.extend(self.make(*widths) or nn.Identity() for widths in made)
+
+    def forward(self, student: Layers, teacher: Layers) -> list[tuple[Tensor, Tensor]]:
+        """Each layer's maps on their common grid, the student's through its connector.
+
+        Raises:
+            InputError: if `bind` was not called, or the maps are others than those bound.
+        """
+        found = [maps(ours, theirs) for ours, theirs in pairs(student, teacher)]
+        if not len(self):
+            raise InputError(
+                f"{self.loss} is used before it knows its shapes; call bind(student_shape, teacher_shape) first"
+            )
+        if len(self) != len(found):
+            raise InputError(f"{self.loss} was bound to {len(self)} layers and is given {len(found)}")
+        for part, (ours, _) in zip(self, found, strict=True):
+            taken = next((m.in_channels for m in part.modules() if isinstance(m, nn.Conv2d)), ours.shape[1])
+            if taken != ours.shape[1]:
+                raise InputError(f"the student's maps have {ours.shape[1]} channels; {self.loss} was bound to {taken}")
+        return [(part(ours), theirs) for part, (ours, theirs) in zip(self, found, strict=True)]
+
+
+def summed(parts: Sequence[Tensor]) -> Tensor:
+    """The sum of what each layer gives.
+
+    >>> summed([torch.tensor(1.0), torch.tensor(2.0)])
+    tensor(3.)
+    """
+    return torch.stack(list(parts)).sum()
 
 
 def averaged(maps: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -169,7 +169,7 @@ class AT(nn.Module):
 
     def forward(self, student: Layers, teacher: Layers) -> Tensor:
         """The scalar for maps (N, C, H, W) of both, or lists of them."""
-        return _summed([at(s, t) for s, t in layers.pairs(student, teacher)])
+        return layers.summed([at(s, t) for s, t in layers.pairs(student, teacher)])
 
 
 class ATNorm(nn.Module):
@@ -180,7 +180,7 @@ class ATNorm(nn.Module):
 
     def forward(self, student: Layers, teacher: Layers) -> Tensor:
         """The scalar for maps (N, C, H, W) of both, or lists of them."""
-        return _summed([at_norm(s, t) for s, t in layers.pairs(student, teacher)])
+        return layers.summed([at_norm(s, t) for s, t in layers.pairs(student, teacher)])
 
 
 class FT(nn.Module):
@@ -191,7 +191,7 @@ class FT(nn.Module):
 
     def forward(self, student: Layers, teacher: Layers) -> Tensor:
         """The scalar for maps (N, C, H, W) of both, or lists of them."""
-        return _summed([ft(s, t) for s, t in layers.pairs(student, teacher)])
+        return layers.summed([ft(s, t) for s, t in layers.pairs(student, teacher)])
 
 
 class NST(nn.Module):
@@ -202,7 +202,7 @@ class NST(nn.Module):
 
     def forward(self, student: Layers, teacher: Layers) -> Tensor:
         """The scalar for maps (N, C, H, W) of both, or lists of them."""
-        return _summed([nst(s, t) for s, t in layers.pairs(student, teacher)])
+        return layers.summed([nst(s, t) for s, t in layers.pairs(student, teacher)])
 
 
 class CWD(nn.Module):
@@ -217,31 +217,21 @@ class CWD(nn.Module):
     READS = "maps"
     POSITIONS = True
 
-    connectors: nn.ModuleList | None
     extra_repr = checks.shown("temperature")
 
     def __init__(self, temperature: float = 1.0) -> None:
         super().__init__()
         self.temperature = checks.positive("temperature", temperature)
-        self.register_module("connectors", None)
+        self.connectors = layers.Connectors("cwd", layers.between)
 
     def bind(self, student_shape: Shapes, teacher_shape: Shapes) -> None:
-        """Make the connectors, drawing their weights from the global generator; a second time it does nothing.
-
-        Raises:
-            InputError: if a layer gives no maps, or one side has more layers.
-        """
-        if self.connectors is None:
-            self.connectors = layers.connectors("cwd", student_shape, teacher_shape, layers.between)
+        """Make the connectors, as `layers.Connectors` does."""
+        self.connectors.bind(student_shape, teacher_shape)
 
     def forward(self, student: Layers, teacher: Layers) -> Tensor:
-        """The scalar for maps as bound, any batch size.
-
-        Raises:
-            InputError: if `bind` was not called, or the maps are others.
-        """
-        found = layers.connected("cwd", self.connectors, student, teacher)
-        return _summed([cwd(s, t, self.temperature) for s, t in found])
+        """The scalar for maps as bound, any batch size."""
+        found = self.connectors(student, teacher)
+        return layers.summed([cwd(s, t, self.temperature) for s, t in found])
 
 
 class CATKD(nn.Module):
@@ -349,7 +339,3 @@ def _stack(kind: type[nn.Conv2d] | type[nn.ConvTranspose2d], widths: list[int], 
     for before, after in pairwise(widths):
         parts += [kind(before, after, 3, 1, 1), *([nn.BatchNorm2d(after)] if norm else []), nn.LeakyReLU(0.1)]
     return nn.Sequential(*parts)
-
-
-def _summed(parts: list[Tensor]) -> Tensor:
-    return torch.stack(parts).sum()

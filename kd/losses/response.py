@@ -1,4 +1,4 @@
-"""Losses that take the teacher's response apart, weigh it by sample, or soften it in another way than one temperature.
+"""Losses that take the teacher's response apart, weigh it by sample, or compare how it relates classes and samples.
 
 Each function names its paper and the code whose numbers it gives; weights of a term stand in the config, not here.
 Where a distribution leaves the label out, its probabilities are those of the other classes among themselves.
@@ -6,7 +6,6 @@ Where a distribution leaves the label out, its probabilities are those of the ot
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -15,8 +14,15 @@ from torch import Tensor, nn
 
 from kd.errors import InputError
 from kd.losses import checks
+from kd.losses.exits import OFA as OFA
 from kd.losses.logits import soft_target_kl
 from kd.losses.products import product_gaps
+from kd.losses.rising import risen
+from kd.losses.softened import TTM as TTM
+from kd.losses.softened import WTTM as WTTM
+from kd.losses.softened import LearnedTemperatureKL as LearnedTemperatureKL
+
+# OFA, TTM, WTTM and the learned temperature are at home in files of their own; hashed configs name them as here.
 
 
 def dkd(
@@ -45,7 +51,7 @@ def dkd(
     """
     alpha, beta = checks.within("alpha", alpha), checks.within("beta", beta)
     temperature = checks.positive("temperature", temperature)
-    student, teacher, target = _labelled(student, teacher, target)
+    student, teacher, target = checks.labelled(student, teacher, target)
     student, teacher = student / temperature, teacher / temperature
     others = [_without_label(z, target) for z in (student, teacher)]
     total = student.new_zeros(())
@@ -83,7 +89,7 @@ def nkd(student: Tensor, teacher: Tensor, target: Tensor, gamma: float = 1.5, te
     """
     gamma = checks.within("gamma", gamma)
     temperature = checks.positive("temperature", temperature)
-    student, teacher, target = _labelled(student, teacher, target)
+    student, teacher, target = checks.labelled(student, teacher, target)
     surprise, doubt = (F.cross_entropy(z, target, reduction="none") for z in (student, teacher.detach()))
     total = (doubt.neg().exp() * surprise).mean()
     if gamma:
@@ -115,7 +121,7 @@ def wsld(student: Tensor, teacher: Tensor, target: Tensor, temperature: float = 
     tensor(0.4382)
     """
     temperature = checks.positive("temperature", temperature)
-    student, teacher, target = _labelled(student, teacher, target)
+    student, teacher, target = checks.labelled(student, teacher, target)
     surprise = [F.cross_entropy(z.detach(), target, reduction="none") for z in (student, teacher)]
     weight = -torch.expm1(-surprise[0] / (surprise[1] + 1e-7))
     each = F.cross_entropy(student / temperature, (teacher / temperature).softmax(dim=1), reduction="none")
@@ -202,81 +208,6 @@ def mlkd(
     return total
 
 
-def ttm(student: Tensor, teacher: Tensor, gamma: float = 0.1) -> Tensor:
-    """KL(q ‖ student) with q the teacher's probabilities to the power of gamma, normalised: batch mean.
-
-    No temperature²: the power is a temperature of 1/gamma on the teacher alone, and the student is not softened.
-
-    Zheng and Yang, "Knowledge Distillation Based on Transformed Teacher Matching" (2024); zkxufo/TTM,
-    distiller_zoo/ttm.py.
-
-    Args:
-        student: logits (N, C).
-        teacher: logits (N, C).
-        gamma: the power; above 0. At 1 this is the KL at temperature 1.
-
-    Raises:
-        BadValue: if gamma is not a finite number above 0.
-        InputError: if shapes differ or the batch is empty.
-
-    >>> ttm(torch.tensor([[0.0, 0.0]]), torch.tensor([[2.0, 0.0]]), gamma=1.0)
-    tensor(0.3278)
-    """
-    return _transformed(student, teacher, gamma)[0].mean()
-
-
-def wttm(student: Tensor, teacher: Tensor, gamma: float = 0.1) -> Tensor:
-    """`ttm` with each sample weighed by the sum of the teacher's powered probabilities: more where it is less sure.
-
-    Zheng and Yang, "Knowledge Distillation Based on Transformed Teacher Matching" (2024); zkxufo/TTM,
-    distiller_zoo/wttm.py.
-
-    Args:
-        student: logits (N, C).
-        teacher: logits (N, C).
-        gamma: the power; above 0. At 1 this is the KL at temperature 1.
-
-    Raises:
-        BadValue: if gamma is not a finite number above 0.
-        InputError: if shapes differ or the batch is empty.
-
-    >>> wttm(torch.tensor([[0.0, 0.0]]), torch.tensor([[2.0, 0.0]]), gamma=1.0)
-    tensor(0.3278)
-    """
-    each, power = _transformed(student, teacher, gamma)
-    return (power * each).mean()
-
-
-def ofa(student: Tensor, teacher: Tensor, target: Tensor, power: float = 1.0, temperature: float = 1.0) -> Tensor:
-    """Cross-entropy against (p + y)^power - y, with p the teacher's distribution and y the label's: batch mean.
-
-    At power 1 it is the cross-entropy against the teacher; above, the label counts more. No temperature².
-
-    Hao et al., "One-for-All: Bridge the Gap Between Heterogeneous Architectures in Knowledge Distillation" (2023), its
-    part on the logits; Hao840/OFAKD, distillers/ofa.py.
-
-    Args:
-        student: logits (N, C).
-        teacher: logits (N, C).
-        target: class indices (N,).
-        power: 1 or more (epsilon in the paper, gamma in its equation).
-        temperature: divides both logits; above 0.
-
-    Raises:
-        BadValue: if a number is out of its range.
-        InputError: if shapes differ, the batch is empty, or a label is no class.
-
-    >>> ofa(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([0]))
-    tensor(0.6931)
-    """
-    power = checks.within("power", power, 1.0)
-    temperature = checks.positive("temperature", temperature)
-    student, teacher, target = _labelled(student, teacher, target)
-    label = _is_label(student, target).to(student.dtype)
-    goal = ((teacher / temperature).softmax(dim=1) + label) ** power - label
-    return -(goal * (student / temperature).log_softmax(dim=1)).sum(dim=1).mean()
-
-
 class DKD(nn.Module):
     """`dkd` as a term's loss, rising linearly over the first epochs: the n-th epoch weighs n / warmup, at most 1.
 
@@ -299,7 +230,7 @@ class DKD(nn.Module):
 
     def at(self, epoch: float, epochs: int) -> None:
         """Set the weight for where training stands: `epoch` epochs are done."""
-        self.factor = min((math.floor(epoch) + 1) / self.warmup, 1.0) if self.warmup else 1.0
+        self.factor = risen(epoch, self.warmup)
 
     def forward(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
         """The scalar for logits (N, C) of both and class indices (N,)."""
@@ -368,120 +299,12 @@ class MLKD(nn.Module):
         return mlkd(student, teacher, self.temperatures, self.keep)
 
 
-class TTM(nn.Module):
-    """`ttm` as a term's loss."""
-
-    extra_repr = checks.shown("gamma")
-
-    def __init__(self, gamma: float = 0.1) -> None:
-        super().__init__()
-        self.gamma = checks.positive("gamma", gamma)
-
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The scalar for logits (N, C) of both."""
-        return ttm(student, teacher, self.gamma)
-
-
-class WTTM(nn.Module):
-    """`wttm` as a term's loss."""
-
-    extra_repr = checks.shown("gamma")
-
-    def __init__(self, gamma: float = 0.1) -> None:
-        super().__init__()
-        self.gamma = checks.positive("gamma", gamma)
-
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The scalar for logits (N, C) of both."""
-        return wttm(student, teacher, self.gamma)
-
-
-class OFA(nn.Module):
-    """`ofa` as a term's loss."""
-
-    extra_repr = checks.shown("power", "temperature")
-
-    def __init__(self, power: float = 1.0, temperature: float = 1.0) -> None:
-        super().__init__()
-        self.power = checks.within("power", power, 1.0)
-        self.temperature = checks.positive("temperature", temperature)
-
-    def forward(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
-        """The scalar for logits (N, C) of both and class indices (N,)."""
-        return ofa(student, teacher, target, self.power, self.temperature)
-
-
-class LearnedTemperatureKL(nn.Module):
-    """`soft_target_kl` at a temperature that is learned against the student: CTKD with its global temperature.
-
-    The temperature is `low` + `span` · σ(theta), theta starting at 1 and trained with the student, but its gradient is
-    multiplied by a factor that goes from `begin` to `end` along a half cosine over the first `epochs` epochs: from 0,
-    where the temperature rests, to -1, where it climbs the loss. Before `at` is called the factor is `end`.
-
-    Li et al., "Curriculum Temperature for Knowledge Distillation" (2023); zhengli97/CTKD, helper/loops.py and
-    train_student.py.
-
-    Args:
-        low: the temperature's lower bound.
-        span: how far above it the temperature may go.
-        begin: the gradient's factor before the first epoch.
-        end: the factor from the `epochs`-th epoch on; 1 would learn the temperature together with the student.
-        epochs: over how many epochs it goes from the one to the other.
-
-    >>> loss = LearnedTemperatureKL()
-    >>> loss.temperature()
-    tensor(15.6212, grad_fn=<AddBackward0>)
-    >>> loss.at(epoch=4.0, epochs=240)  # the fifth is half of ten
-    >>> loss.factor
-    -0.5
-    """
-
-    extra_repr = checks.shown("low", "span", "begin", "end", "epochs")
-
-    def __init__(
-        self, low: float = 1.0, span: float = 20.0, begin: float = 0.0, end: float = -1.0, epochs: float = 10.0
-    ) -> None:
-        super().__init__()
-        self.low, self.span = checks.positive("low", low), checks.positive("span", span)
-        self.begin, self.end = (checks.within(n, v, -math.inf) for n, v in (("begin", begin), ("end", end)))
-        self.epochs = checks.positive("epochs", epochs)
-        self.factor = self.end
-        self.theta = nn.Parameter(torch.ones(()))
-
-    def at(self, epoch: float, epochs: int) -> None:
-        """Set the gradient's factor for where training stands: `epoch` epochs are done."""
-        way = min((math.floor(epoch) + 1) / self.epochs, 1.0)
-        self.factor = (math.cos(math.pi * way) + 1) / 2 * (self.begin - self.end) + self.end
-
-    def temperature(self) -> Tensor:
-        """The temperature as a scalar, whose gradient on theta is the factor's multiple."""
-        theta = checks.widened(self.theta)
-        fixed = theta.detach()
-        return self.low + self.span * torch.sigmoid(fixed + self.factor * (theta - fixed))
-
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The scalar for logits (N, C) of both."""
-        return soft_target_kl(student, teacher, self.temperature())
-
-
-def _labelled(student: Tensor, teacher: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    student, teacher = checks.pair(student, teacher)
-    return student, teacher, checks.labels(target, student)
-
-
-def _is_label(logits: Tensor, target: Tensor) -> Tensor:
-    return torch.arange(logits.shape[1], device=logits.device) == target[:, None]
-
-
 def _without_label(logits: Tensor, target: Tensor) -> Tensor:
     """(N, C) logits with that of the label so low that its probability is 0, the logarithm of which stays finite.
 
     So neither a KL of two such, 0 · 0, nor a cross-entropy, 0 · -1e30, has anything of it.
     """
-    if logits.shape[1] < 2:
-        raise InputError(
-            f"logits of shape {tuple(logits.shape)} have no class beside the label; two or more are needed"
-        )
+    checks.two_classes(logits)
     return logits.scatter(1, target[:, None], -1e30)
 
 
@@ -499,12 +322,3 @@ def _correlation(first: Tensor, second: Tensor, dim: int) -> Tensor:
 
 def _share(values: Tensor, quantile: float) -> Tensor:
     return (values <= values.quantile(quantile)).to(values.dtype).mean()
-
-
-def _transformed(student: Tensor, teacher: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    """(N,) of KL(q ‖ student), and the sum of the teacher's probabilities to the power of gamma."""
-    gamma = checks.positive("gamma", gamma)
-    student, teacher = checks.pair(student, teacher)
-    powered = gamma * teacher.log_softmax(dim=1)
-    goal, given = powered.log_softmax(dim=1), student.log_softmax(dim=1)
-    return (goal.exp() * (goal - given)).sum(dim=1), powered.logsumexp(dim=1).exp()

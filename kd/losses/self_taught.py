@@ -5,8 +5,6 @@ Each function names its paper and the code whose numbers it gives; weights of a 
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +13,7 @@ from kd.errors import InputError
 from kd.losses import checks
 from kd.losses.logits import soft_target_kl
 from kd.losses.ranks import by_rank
+from kd.losses.rising import risen
 from kd.losses.slopes import with_gradients
 
 
@@ -69,8 +68,7 @@ def tfkd_reg(student: Tensor, target: Tensor, temperature: float = 20.0, correct
     wide = checks.logits("student", student)
     target = checks.labels(target, student)
     classes = wide.shape[1]
-    if classes < 2:
-        raise InputError(f"logits of shape {tuple(wide.shape)} have no class beside the label; two or more are needed")
+    checks.two_classes(wide)
     rest = (1 - correct) / (classes - 1)
     teacher = torch.full_like(wide, rest).scatter(1, target[:, None], correct)
     goal = (teacher / temperature).log_softmax(dim=1)
@@ -162,8 +160,7 @@ def uskd(
     student, weak = checks.pair(student, weak)
     target = checks.labels(target, student)[:, None]
     count, classes = student.shape
-    if classes < 2:
-        raise InputError(f"logits of shape {tuple(student.shape)} have no class beside the label; two are needed")
+    checks.two_classes(student)
     with torch.no_grad():
         label = student.gather(1, target)
         masked = student.scatter(1, target, -1e30)
@@ -257,7 +254,7 @@ class PSKD(nn.Module):
 
     def at(self, epoch: float, epochs: int) -> None:
         """Set the share for where training stands: `epoch` of `epochs` are done."""
-        self.share = self.alpha * min((math.floor(epoch) + 1) / epochs, 1.0)
+        self.share = self.alpha * risen(epoch, epochs)
 
     def forward(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
         """The scalar for logits (N, C) now, logits (N, C) one epoch ago, and class indices (N,)."""

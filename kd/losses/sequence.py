@@ -1,8 +1,10 @@
 """Losses on tokens: divergences of two distributions over a vocabulary, averaged over the tokens that count.
 
-Logits are (N, C) or (B, L, C); which position predicts which token is the task's to arrange. `target` says which tokens
-count: labels, of which -100 does not, or a mask that is true where one does. Without it all do; if none does, the loss
-is 0. All is computed in pieces (`kd.losses.tokens`): a vocabulary is too wide to keep its distributions for a gradient.
+All functions here take logits of `student` and `teacher`, (N, C) or (B, L, C), which `temperature`, above 0, divides;
+which position predicts which token is the task's to arrange. `target`, (N,) or (B, L), says which tokens count: labels,
+of which -100 does not, or a mask that is true where one does. Without it all do; if none does, the loss is 0. Where a
+number is out of its range they raise `BadValue`, where shapes or types differ or there is no token `InputError`. All is
+computed in pieces (`kd.losses.tokens`): a vocabulary is too wide to keep its distributions for a gradient.
 
 A class whose logit is -inf on either side (a padded vocabulary, a banned token) adds nothing. The teacher gets no
 gradient.
@@ -15,11 +17,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from kd.errors import InputError
 from kd.losses import checks
-from kd.losses.tokens import Pointwise, check_pair, check_tokens, pieces, token_mean
-
-_NOTHING = -1e4  # stands for log 0: its exponential is 0, and the difference of two of them too
+from kd.losses.likeliest import TopKKL as TopKKL  # hashed configs name it as it stands here
+from kd.losses.tokens import Pointwise, check_pair, kl, token_mean, without_bars
 
 
 def forward_kl(student: Tensor, teacher: Tensor, target: Tensor | None = None, temperature: float = 1.0) -> Tensor:
@@ -28,21 +28,11 @@ def forward_kl(student: Tensor, teacher: Tensor, target: Tensor | None = None, t
     Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network" (2015); jongwooko/distillm,
     distillm/losses.py, forward_kl, whose value is larger by the teacher's entropy: there it is a cross-entropy.
 
-    Args:
-        student: logits (N, C) or (B, L, C).
-        teacher: logits of the same shape.
-        target: labels or a mask of shape (N,) or (B, L).
-        temperature: divides both logits; above 0.
-
-    Raises:
-        BadValue: if the temperature is not a finite number above 0.
-        InputError: if shapes or types differ, or there is no token.
-
     >>> forward_kl(torch.zeros(2, 2), torch.tensor([[2.0, 0.0], [9.0, 0.0]]), torch.tensor([1, -100]))
     tensor(0.3278)
     """
     temperature = checks.positive("temperature", temperature)
-    return temperature**2 * _mean(_kl, student, teacher, target, temperature)
+    return temperature**2 * _mean(kl, student, teacher, target, temperature)
 
 
 def reverse_kl(student: Tensor, teacher: Tensor, target: Tensor | None = None, temperature: float = 1.0) -> Tensor:
@@ -50,16 +40,6 @@ def reverse_kl(student: Tensor, teacher: Tensor, target: Tensor | None = None, t
 
     Gu et al., "MiniLLM: Knowledge Distillation of Large Language Models" (2024); jongwooko/distillm,
     distillm/losses.py, reverse_kl.
-
-    Args:
-        student: logits (N, C) or (B, L, C).
-        teacher: logits of the same shape.
-        target: labels or a mask of shape (N,) or (B, L).
-        temperature: divides both logits; above 0.
-
-    Raises:
-        BadValue: if the temperature is not a finite number above 0.
-        InputError: if shapes or types differ, or there is no token.
 
     >>> reverse_kl(torch.tensor([[2.0, 0.0]]), torch.zeros(1, 2))
     tensor(0.3278)
@@ -76,16 +56,7 @@ def symmetric_kl(
     Jeffreys, "An invariant form for the prior probability in estimation problems" (1946); jongwooko/distillm,
     distillm/losses.py, symmetric_kl.
 
-    Args:
-        student: logits (N, C) or (B, L, C).
-        teacher: logits of the same shape.
-        target: labels or a mask of shape (N,) or (B, L).
-        temperature: divides both logits; above 0.
-        balance: share of the reverse KL, 0 to 1.
-
-    Raises:
-        BadValue: if a number is out of its range.
-        InputError: if shapes or types differ, or there is no token.
+    `balance` is the share of the reverse KL, 0 to 1.
 
     >>> symmetric_kl(torch.zeros(1, 2), torch.tensor([[2.0, 0.0]]))  # (0.3278 + 0.4338) / 2
     tensor(0.3808)
@@ -95,7 +66,7 @@ def symmetric_kl(
         return (reverse_kl if balance else forward_kl)(student, teacher, target, temperature)
 
     def each(s: Tensor, t: Tensor) -> Tensor:
-        return (1 - balance) * _kl(s, t) + balance * _kl(t, s)
+        return (1 - balance) * kl(s, t) + balance * kl(t, s)
 
     return temperature**2 * _mean(each, student, teacher, target, temperature)
 
@@ -111,27 +82,18 @@ def generalised_jsd(
     Agarwal et al., "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes" (2024);
     huggingface/trl, trl/experimental/gkd/gkd_trainer.py.
 
-    Args:
-        student: logits (N, C) or (B, L, C).
-        teacher: logits of the same shape.
-        target: labels or a mask of shape (N,) or (B, L).
-        temperature: divides both logits; above 0.
-        beta: the teacher's share in m, 0 to 1.
-
-    Raises:
-        BadValue: if a number is out of its range.
-        InputError: if shapes or types differ, or there is no token.
+    `beta` is the teacher's share in m, 0 to 1.
 
     >>> generalised_jsd(torch.tensor([[0.0, 99.0]]), torch.tensor([[99.0, 0.0]]))  # nothing in common: ln 2
     tensor(0.6931)
     """
     temperature, beta = checks.positive("temperature", temperature), checks.within("beta", beta, high=1.0)
     if beta in (0, 1):
-        return _mean(_reversed if beta else _kl, student, teacher, target, temperature)
+        return _mean(_reversed if beta else kl, student, teacher, target, temperature)
 
     def each(s: Tensor, t: Tensor) -> Tensor:
         mixed = _mixture(t, s, beta)
-        return beta * _kl(t=t, s=mixed) + (1 - beta) * _kl(t=s, s=mixed)
+        return beta * kl(t=t, s=mixed) + (1 - beta) * kl(t=s, s=mixed)
 
     return _mean(each, student, teacher, target, temperature)
 
@@ -144,16 +106,7 @@ def skew_forward_kl(
     Ko et al., "DistiLLM: Towards Streamlined Distillation for Large Language Models" (2024); jongwooko/distillm,
     distillm/losses.py, skewed_forward_kl, whose value is larger by the teacher's entropy.
 
-    Args:
-        student: logits (N, C) or (B, L, C).
-        teacher: logits of the same shape.
-        target: labels or a mask of shape (N,) or (B, L).
-        temperature: divides both logits; above 0.
-        skew: the teacher's share in the second distribution, 0 to 1; at 1 there is nothing left to learn.
-
-    Raises:
-        BadValue: if a number is out of its range.
-        InputError: if shapes or types differ, or there is no token.
+    `skew` is the teacher's share in the second distribution, 0 to 1; at 1 there is nothing left to learn.
 
     >>> skew_forward_kl(torch.tensor([[0.0, 99.0]]), torch.tensor([[99.0, 0.0]]))  # -ln 0.1, where the KL is 99
     tensor(2.3026)
@@ -163,7 +116,7 @@ def skew_forward_kl(
         return forward_kl(student, teacher, target, temperature)
 
     def each(s: Tensor, t: Tensor) -> Tensor:
-        return _kl(t=t, s=_mixture(t, s, skew))
+        return kl(t=t, s=_mixture(t, s, skew))
 
     return temperature**2 * _mean(each, student, teacher, target, temperature)
 
@@ -176,16 +129,7 @@ def skew_reverse_kl(
     Ko et al., "DistiLLM: Towards Streamlined Distillation for Large Language Models" (2024); jongwooko/distillm,
     distillm/losses.py, skewed_reverse_kl.
 
-    Args:
-        student: logits (N, C) or (B, L, C).
-        teacher: logits of the same shape.
-        target: labels or a mask of shape (N,) or (B, L).
-        temperature: divides both logits; above 0.
-        skew: the student's share in the second distribution, 0 to 1; at 1 there is nothing left to learn.
-
-    Raises:
-        BadValue: if a number is out of its range.
-        InputError: if shapes or types differ, or there is no token.
+    `skew` is the student's share in the second distribution, 0 to 1; at 1 there is nothing left to learn.
 
     >>> skew_reverse_kl(torch.tensor([[0.0, 99.0]]), torch.tensor([[99.0, 0.0]]))
     tensor(2.3026)
@@ -195,7 +139,7 @@ def skew_reverse_kl(
         return reverse_kl(student, teacher, target, temperature)
 
     def each(s: Tensor, t: Tensor) -> Tensor:
-        return _kl(t=s, s=_mixture(s, t, skew))
+        return kl(t=s, s=_mixture(s, t, skew))
 
     return temperature**2 * _mean(each, student, teacher, target, temperature)
 
@@ -206,16 +150,6 @@ def total_variation(student: Tensor, teacher: Tensor, target: Tensor | None = No
     Wen et al., "f-Divergence Minimization for Sequence-Level Knowledge Distillation" (2023); jongwooko/distillm,
     distillm/losses.py, tv_distance.
 
-    Args:
-        student: logits (N, C) or (B, L, C).
-        teacher: logits of the same shape.
-        target: labels or a mask of shape (N,) or (B, L).
-        temperature: divides both logits; above 0.
-
-    Raises:
-        BadValue: if the temperature is not a finite number above 0.
-        InputError: if shapes or types differ, or there is no token.
-
     >>> total_variation(torch.zeros(1, 2), torch.tensor([[2.0, 0.0]]))  # 0.8808 - ½
     tensor(0.3808)
     """
@@ -225,92 +159,6 @@ def total_variation(student: Tensor, teacher: Tensor, target: Tensor | None = No
         return (t.exp() - s.exp()).abs().sum(dim=-1) / 2
 
     return _mean(each, student, teacher, target, temperature)
-
-
-def top_k(teacher: Tensor, k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """The teacher's k likeliest classes: their log-probabilities among all at `temperature`, and their indices.
-
-    What a store of soft labels keeps where a whole vocabulary a token is too much.
-
-    Args:
-        teacher: logits (N, C) or (B, L, C).
-        k: how many, 1 to C.
-        temperature: divides the logits; above 0.
-
-    Raises:
-        BadValue: if k or the temperature is out of its range.
-        InputError: if shape or type are others, or there is no token.
-
-    >>> values, indices = top_k(torch.tensor([[0.0, 2.0, 1.0]]), k=2)
-    >>> values.exp(), indices
-    (tensor([[0.6652, 0.2447]]), tensor([[1, 2]]))
-    """
-    temperature, k = checks.positive("temperature", temperature), _count(k)
-    check_tokens("teacher", teacher)
-    if k > teacher.shape[-1]:
-        raise checks.BadValue(f"k is {k!r}; there are {teacher.shape[-1]} classes")
-    totals = checks.widened(teacher.new_empty(teacher.shape[:-1]))
-    for at in pieces(teacher.shape):
-        totals[at] = (checks.widened(teacher[at]) / temperature).logsumexp(dim=-1)
-    values, indices = teacher.topk(k, dim=-1)
-    return checks.widened(values) / temperature - totals[..., None], indices
-
-
-def top_k_kl(
-    student: Tensor,
-    values: Tensor,
-    indices: Tensor,
-    target: Tensor | None = None,
-    temperature: float = 1.0,
-    tail: bool = False,
-) -> Tensor:
-    """The forward KL from a teacher of which only k classes a token are known, times temperature².
-
-    Without `tail` the teacher is taken to believe in these alone: its probabilities are brought to a sum of 1, the
-    student's remain those among all classes. With it all other classes are one more outcome, on both sides; this is 0
-    where both agree. With all classes known either is the forward KL.
-
-    Anshumann et al., "Sparse Logit Sampling: Accelerating Knowledge Distillation in LLMs" (2025), who show what the
-    first form costs: the student is drawn to more certainty than the teacher has.
-
-    Args:
-        student: logits (N, C) or (B, L, C).
-        values: the teacher's log-probabilities (N, k) or (B, L, k) at `temperature`, as `top_k` gives them.
-        indices: their classes, of the same shape.
-        target: labels or a mask of shape (N,) or (B, L).
-        temperature: divides the student's logits; above 0.
-        tail: whether what the k classes leave counts as one more.
-
-    Raises:
-        BadValue: if the temperature is not a finite number above 0.
-        InputError: if shapes or types differ, or there is no token.
-
-    >>> teacher = torch.tensor([[2.0, 0.0, -9.0, -9.0]])
-    >>> top_k_kl(torch.zeros(1, 4), *top_k(teacher, 2)), forward_kl(torch.zeros(1, 4), teacher)
-    (tensor(1.0210), tensor(1.0206))
-    """
-    temperature = checks.positive("temperature", temperature)
-    check_tokens("student", student)
-    leading = (*student.shape[:-1], values.shape[-1] if values.ndim else 0)
-    if values.shape != leading or indices.shape != leading or not values.numel() or not values.is_floating_point():
-        raise InputError(
-            f"the teacher's top values are of shape {tuple(values.shape)} and their indices of {tuple(indices.shape)}; "
-            f"logits of shape {tuple(student.shape)} need k of both a token"
-        )
-    classes = student.shape[-1]
-    rest = tail and values.shape[-1] < classes
-
-    def each(logits: Tensor, values: Tensor, indices: Tensor) -> Tensor:
-        given = (logits / temperature).log_softmax(dim=-1)
-        goal = values if rest else values.log_softmax(dim=-1)
-        found = _kl(*_without_bars(given.gather(-1, indices), goal))
-        if rest:
-            others = given.clamp(min=_NOTHING).scatter(-1, indices, _NOTHING).logsumexp(dim=-1)
-            left = -torch.expm1(values.logsumexp(dim=-1).clamp(max=0.0))
-            found = found + left * (left.clamp(min=1e-12).log() - others)
-        return found
-
-    return temperature**2 * token_mean(each, student, (values, indices), target)
 
 
 class ForwardKL(nn.Module):
@@ -415,31 +263,11 @@ class TotalVariation(nn.Module):
         return total_variation(student, teacher, target, self.temperature)
 
 
-class TopKKL(nn.Module):
-    """`top_k_kl` as a term's loss, from a teacher whose logits are all there: of these it hears the k largest."""
-
-    extra_repr = checks.shown("k", "temperature", "tail")
-
-    def __init__(self, k: int = 64, temperature: float = 1.0, tail: bool = False) -> None:
-        super().__init__()
-        self.k, self.temperature, self.tail = _count(k), checks.positive("temperature", temperature), bool(tail)
-
-    def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
-        """The scalar for logits (N, C) or (B, L, C) of both, and labels or a mask; k is at most C."""
-        check_pair(student, teacher)
-        found = top_k(teacher.detach(), min(self.k, teacher.shape[-1]), self.temperature)
-        return top_k_kl(student, *found, target, self.temperature, self.tail)
-
-
 # Divergences of log-probabilities (..., C): the second argument is the one whose expectation is taken.
 
 
-def _kl(s: Tensor, t: Tensor) -> Tensor:
-    return (t.exp() * (t - s)).sum(dim=-1)
-
-
 def _reversed(s: Tensor, t: Tensor) -> Tensor:
-    return _kl(t, s)
+    return kl(t, s)
 
 
 def _mixture(first: Tensor, second: Tensor, share: float) -> Tensor:
@@ -449,25 +277,10 @@ def _mixture(first: Tensor, second: Tensor, share: float) -> Tensor:
     return torch.logaddexp(first + math.log(share), second + math.log1p(-share))
 
 
-def _without_bars(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Both with a class that is -inf on either side brought to the same nothing on both."""
-    # A look is a tenth of the work; a GPU would have to be waited for.
-    if s.device.type == "cpu" and min(s.amin(), t.amin()) > -math.inf:
-        return s, t
-    barred = s.isneginf() | t.isneginf()
-    return s.masked_fill(barred, _NOTHING), t.masked_fill(barred, _NOTHING)
-
-
 def _mean(each: Pointwise, student: Tensor, teacher: Tensor, target: Tensor | None, temperature: float) -> Tensor:
     check_pair(student, teacher)
 
     def of_logits(s: Tensor, t: Tensor) -> Tensor:
-        return each(*_without_bars(*((z / temperature).log_softmax(dim=-1) for z in (s, t))))
+        return each(*without_bars(*((z / temperature).log_softmax(dim=-1) for z in (s, t))))
 
     return token_mean(of_logits, student, (teacher,), target)
-
-
-def _count(value: int) -> int:
-    if not (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
-        raise checks.BadValue(f"k is {value!r}; it must be a whole number of 1 or more")
-    return value

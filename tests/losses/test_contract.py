@@ -15,17 +15,20 @@ import torch
 from torch import Tensor, nn
 
 import kd.losses
+import kd.losses.layers
 from kd.errors import InputError
 from kd.losses.across import ReviewKD, SemCKD
 from kd.losses.boundary import AB, OFD
 from kd.losses.contrastive import CRD, InfoNCE
 from kd.losses.ensemble import ByConfidence, ByCrossEntropy, Each, Gate, MeanLogits, MeanProbabilities, RandomChoice
+from kd.losses.exits import OFA, OFAExits
 from kd.losses.feature import MGD, VID, Hint
 from kd.losses.flow import FSP, KDSVD
+from kd.losses.likeliest import TopKKL
 from kd.losses.logits import CrossEntropy, LogitMSE, SoftTargetCrossEntropy, SoftTargetKL, Standardised
 from kd.losses.maps import AT, CATKD, CWD, FT, NST, ATNorm, ParaphrasedFT
 from kd.losses.relation import CC, CCRBF, PKT, RKD, SP, Embedded
-from kd.losses.response import DIST, DKD, MLKD, NKD, OFA, TTM, WSLD, WTTM, LearnedTemperatureKL
+from kd.losses.response import DIST, DKD, MLKD, NKD, WSLD
 from kd.losses.self_taught import PSKD, USKD, LabelSmoothing, TfKDReg, TfKDSelf
 from kd.losses.sequence import (
     ForwardKL,
@@ -34,9 +37,9 @@ from kd.losses.sequence import (
     SkewForwardKL,
     SkewReverseKL,
     SymmetricKL,
-    TopKKL,
     TotalVariation,
 )
+from kd.losses.softened import TTM, WTTM, LearnedTemperatureKL
 
 Views = dict[str, Tensor]
 Shapes = list[tuple[int, ...]]
@@ -54,7 +57,8 @@ class Step(nn.Module):
             views["teacher"] = views["teacher"].tensor_split(self.teachers, dim=1)
         for side, shapes in zip(("student", "teacher"), self.layers or (), strict=False):
             parts = views[side].split([math.prod(shape[1:]) for shape in shapes], dim=1)
-            views[side] = [p.unflatten(1, shape[1:]) for p, shape in zip(parts, shapes, strict=True)]
+            found = [p.unflatten(1, shape[1:]) for p, shape in zip(parts, shapes, strict=True)]
+            views[side] = found if len(found) > 1 else found[0]
         torch.manual_seed(0)
         found: Tensor = self.loss(**views)
         return found
@@ -82,6 +86,7 @@ class Case:
     constants: bool = False  # it has weights made of the student, which its gradient takes as they are
     layers: tuple[Shapes, Shapes] | None = None  # it takes lists: the tensors are these shapes, side by side
     row: bool = False  # it is given each sample's row in a split of 20
+    classes: int | None = None  # where the student gives features, and the target is of so many classes
     teachers: int | None = None  # it takes a list of as many teachers' logits: the tensor is these, side by side
 
     def loss(self, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -89,7 +94,9 @@ class Case:
         loss = self.make()
         if hasattr(loss, "bind"):
             teachers: Any = self.teachers and [self.student] * self.teachers
-            given = self.layers or (self.student, teachers or self.teacher, self.feature)
+            given: tuple[Any, ...] = self.student, teachers or self.teacher, self.feature
+            if self.layers:
+                given = tuple(shapes if len(shapes) > 1 else shapes[0] for shapes in self.layers)
             loss.bind(*(shape for shape in (*given, (20,) if self.row else None) if shape))
         return Step(loss, self.layers, self.teachers).to(dtype)
 
@@ -105,6 +112,8 @@ class Case:
             views["row"] = torch.arange(self.student[0]) + 5
         if self.target:
             leading, classes = self.student[:-1], self.student[-1]
+            if self.classes:
+                leading, classes = self.student[:1], self.classes
             views["target"] = (torch.arange(math.prod(leading)) % classes).reshape(leading)
             if len(leading) == 2:
                 views["target"][:, -1] = -100  # tokens that do not count
@@ -133,6 +142,8 @@ LOSSES = [
     Case("ttm", TTM),
     Case("wttm", WTTM),
     Case("ofa", lambda: OFA(power=1.5), target=True),
+    Case("ofa_exits", lambda: OFAExits(power=1.5), **listed(DEEP, [(8, 5)]), target=True, classes=5),
+    Case("ofa_exits of tokens", OFAExits, (8, 5, 4), (8, 6), target=True, classes=6),
     Case("ctkd", lambda: LearnedTemperatureKL(end=1.0), zero_at_identity=True),  # at 1, the gradient of the value
     Case("label_smoothing", LabelSmoothing, teacher=None, target=True),
     Case("tfkd_reg", TfKDReg, teacher=None, target=True),
@@ -209,8 +220,11 @@ def test_every_loss_has_its_line() -> None:
     written = {
         thing
         for module in modules
-        for thing in vars(module).values()
-        if inspect.isclass(thing) and issubclass(thing, nn.Module) and thing.__module__ == module.__name__
+        for name, thing in vars(module).items()
+        if inspect.isclass(thing)
+        and issubclass(thing, nn.Module)
+        and thing.__module__ == module.__name__
+        and not (name.startswith("_") or module is kd.losses.layers)  # parts of losses
     }
     assert written and written == {type(case.make()) for case in LOSSES}
 

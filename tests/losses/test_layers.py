@@ -61,24 +61,36 @@ def test_maps_that_cannot_be_compared_are_refused_in_one_line(
 
 
 def test_only_unlike_widths_are_bridged() -> None:
-    found = layers.connectors("fsp", [(2, 3, 4, 4), (2, 5, 4, 4)], [(2, 4, 4, 4), (2, 5, 4, 4)], layers.between)
+    found = layers.Connectors("fsp", layers.between)
+    found.bind([(2, 3, 4, 4), (2, 5, 4, 4)], [(2, 4, 4, 4), (2, 5, 4, 4)])
     assert isinstance(found[0], nn.Sequential) and isinstance(found[1], nn.Identity)
 
 
 def test_what_no_connector_bridges_is_refused() -> None:
     with pytest.raises(InputError, match=r"fsp cannot lead from features of shape \(2, 3\)"):
-        layers.connectors("fsp", (2, 3), (2, 3, 4, 4), layers.between)
+        layers.Connectors("fsp", layers.between).bind((2, 3), (2, 3, 4, 4))
 
 
 @pytest.mark.parametrize(
     ("channels", "count", "words"), [(4, 1, "have 4 channels; ab was bound to 3"), (3, 2, "bound to 1 layers")]
 )
 def test_other_maps_than_those_bound_are_refused(channels: int, count: int, words: str) -> None:
-    parts = layers.connectors("ab", (2, 3, 4, 4), (2, 5, 4, 4), layers.normed)
+    parts = layers.Connectors("ab", layers.normed)
+    parts.bind((2, 3, 4, 4), (2, 5, 4, 4))
     with pytest.raises(InputError, match=words):
-        layers.connected("ab", parts, [torch.zeros(2, channels, 4, 4)] * count, [torch.zeros(2, 5, 4, 4)] * count)
+        parts([torch.zeros(2, channels, 4, 4)] * count, [torch.zeros(2, 5, 4, 4)] * count)
 
 
 def test_nothing_bound_is_refused_with_what_to_call() -> None:
     with pytest.raises(InputError, match="call bind"):
-        layers.connected("ab", None, torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4))
+        layers.Connectors("ab", layers.normed)(torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4))
+
+
+def test_connectors_are_made_once_and_checked_each_time() -> None:
+    parts = layers.Connectors("ab", layers.normed)
+    parts.bind((2, 3, 4, 4), (2, 5, 4, 4))
+    kept = parts[0]
+    parts.bind((9, 3, 4, 4), (9, 5, 4, 4))
+    assert parts[0] is kept and len(parts) == 1
+    with pytest.raises(InputError, match="give maps"):
+        parts.bind((9, 3), (9, 5))

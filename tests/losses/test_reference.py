@@ -23,8 +23,9 @@ from kd.losses.flow import fsp, kdsvd
 from kd.losses.logits import SoftTargetKL, Standardised, soft_target_kl
 from kd.losses.maps import at, ft, nst
 from kd.losses.relation import cc, pkt, rkd, sp
-from kd.losses.response import dist, dkd, nkd, ttm, wttm
+from kd.losses.response import dist, dkd, nkd
 from kd.losses.sequence import forward_kl, generalised_jsd, reverse_kl, skew_forward_kl, skew_reverse_kl
+from kd.losses.softened import ttm, wttm
 from tests.losses.waves import svd_flow
 
 ROOT = Path(__file__).resolve().parents[2]

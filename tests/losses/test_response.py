@@ -19,19 +19,12 @@ from kd.losses.response import (
     DKD,
     MLKD,
     NKD,
-    OFA,
-    TTM,
     WSLD,
-    WTTM,
-    LearnedTemperatureKL,
     dist,
     dkd,
     mlkd,
     nkd,
-    ofa,
-    ttm,
     wsld,
-    wttm,
 )
 from tests.losses.waves import Array, kl, softmax, tensors, wave
 
@@ -236,86 +229,6 @@ def test_mlkd_without_a_temperature_is_refused() -> None:
         mlkd(S, T, [])
 
 
-# TTM and WTTM.
-
-
-@pytest.mark.parametrize("gamma", [0.1, 0.2, 1.0, 2.0])
-def test_ttm_and_wttm_are_those_of_the_numpy_formula(gamma: float) -> None:
-    powered = softmax(TEACHER) ** gamma
-    total = powered.sum(axis=1)
-    each = kl(powered / total[:, None], softmax(STUDENT))
-    assert ttm(S, T, gamma).item() == pytest.approx(each.mean(), rel=1e-5)
-    assert wttm(S, T, gamma).item() == pytest.approx((total * each).mean(), rel=1e-5)
-
-
-def test_ttm_and_wttm_are_pinned() -> None:
-    assert ttm(S, T).item() == pytest.approx(2.1175329, rel=1e-5)
-    assert wttm(S, T).item() == pytest.approx(7.4498912, rel=1e-5)
-
-
-@pytest.mark.parametrize("loss", [ttm, wttm])
-def test_at_power_one_they_are_the_kl_at_temperature_one(loss: Callable[..., Tensor]) -> None:
-    assert_close(loss(S, T, 1.0), soft_target_kl(S, T, 1.0))
-
-
-# OFA.
-
-
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize("power", [1.0, 1.2, 1.5])
-def test_ofa_is_that_of_the_numpy_formula(power: float, temperature: float) -> None:
-    label = np.eye(5)[TARGET]
-    goal = (softmax(TEACHER, temperature) + label) ** power - label
-    expected = -(goal * np.log(softmax(STUDENT, temperature))).sum(axis=1).mean()
-    assert ofa(S, T, Y, power, temperature).item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_ofa_is_pinned_and_at_power_one_the_cross_entropy_with_the_teacher() -> None:
-    assert ofa(S, T, Y, power=1.5).item() == pytest.approx(2.2003211, rel=1e-5)
-    assert_close(ofa(S, T, Y), nn.functional.cross_entropy(S, T.softmax(1)))
-
-
-# The learned temperature.
-
-
-def test_the_temperature_begins_at_one_plus_twenty_sigmoids_of_one() -> None:
-    loss = LearnedTemperatureKL()
-    temperature = 1 + 20 / (1 + math.exp(-1))
-    assert loss.temperature().item() == pytest.approx(temperature, rel=1e-6)
-    assert_close(loss(S, T), soft_target_kl(S, T, temperature), rtol=1e-5, atol=0)
-    assert loss(S, T).item() == pytest.approx(3.5100184, rel=1e-5)
-
-
-def test_what_is_learned_is_registered() -> None:
-    loss = LearnedTemperatureKL()
-    assert [name for name, _ in loss.named_parameters()] == list(loss.state_dict()) == ["theta"]
-
-
-@pytest.mark.parametrize(
-    ("epoch", "factor"),
-    [(0.0, -0.024472), (0.99, -0.024472), (1.0, -0.095492), (4.0, -0.5), (8.0, -0.975528), (9.0, -1.0), (99.0, -1.0)],
-)
-def test_the_gradients_factor_follows_the_half_cosine_of_the_published_code(epoch: float, factor: float) -> None:
-    loss = LearnedTemperatureKL()
-    loss.at(200.0, 240)
-    loss.at(epoch, 240)  # whatever was before
-    assert loss.factor == pytest.approx(factor, abs=1e-6)
-
-
-def test_the_student_goes_down_where_the_temperature_goes_up() -> None:
-    gradients = {}
-    for factor in (1.0, 0.0, -0.5, -1.0):
-        loss = LearnedTemperatureKL()
-        loss.factor = factor
-        student = S.clone().requires_grad_()
-        loss(student, T).backward()
-        assert loss.theta.grad is not None and student.grad is not None
-        gradients[factor] = loss.theta.grad.item(), student.grad
-    plain, pull = gradients[1.0]
-    assert plain != 0 and all(found == pytest.approx(f * plain, abs=1e-9) for f, (found, _) in gradients.items())
-    assert all(gradient.equal(pull) for _, gradient in gradients.values())
-
-
 # What all refuse.
 
 
@@ -331,11 +244,6 @@ def test_the_student_goes_down_where_the_temperature_goes_up() -> None:
         (lambda: DIST(gamma=-0.5), "gamma is -0.5"),
         (lambda: MLKD(temperatures=[4.0, 0.0]), "temperature is 0.0"),
         (lambda: MLKD(keep=1.5), "keep is 1.5; it must be a finite number from 0 to 1"),
-        (lambda: TTM(gamma=0.0), "gamma is 0.0"),
-        (lambda: WTTM(gamma=-0.1), "gamma is -0.1"),
-        (lambda: OFA(power=0.5), "power is 0.5; it must be a finite number of 1 or more"),
-        (lambda: LearnedTemperatureKL(span=0.0), "span is 0.0"),
-        (lambda: LearnedTemperatureKL(end=math.nan), "end is nan"),
     ],
 )
 def test_a_number_out_of_range_is_refused_in_one_line(make: Callable[[], nn.Module], words: str) -> None:
@@ -350,7 +258,7 @@ def test_one_class_has_no_others(loss: Callable[..., Tensor]) -> None:
         loss(torch.zeros(2, 1), torch.zeros(2, 1), tensor([0, 0]))
 
 
-@pytest.mark.parametrize("loss", [dkd, nkd, wsld, ofa])
+@pytest.mark.parametrize("loss", [dkd, nkd, wsld])
 @pytest.mark.parametrize("target", [torch.full((6,), 5), torch.full((6,), -1), torch.zeros(5, dtype=torch.long)])
 def test_labels_that_do_not_fit_are_refused(loss: Callable[..., Tensor], target: Tensor) -> None:
     with pytest.raises(InputError, match=r"no class of the student's 5|need 6 class indices"):
