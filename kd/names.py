@@ -12,6 +12,7 @@ MAPS = ":maps"  # tokens, and maps with their channels last, as (N, C, H, W)
 INPUT = ":input"  # what goes into the layer, not what comes out
 OUTPUT = ":output"  # what comes out, as without it: a layer that is called like a part is meant
 THROUGH = ":through:"  # what the layers behind it, joined by +, make of each position
+EARLIER = "earlier.logits"  # what the student said of a sample when it saw it last
 SEVERAL = ("stages", "preactivations")  # these stand for a list
 _PART = re.compile(r"stages|preactivations|middle|last|embedding|classes|(?:stage|preactivation)[1-9]\d*")
 

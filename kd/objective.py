@@ -2,7 +2,8 @@
 
 A view is one named tensor: `student.logits`, `teacher.logits`, a layer's output such as `student.layer3`, or
 `batch.target`; or a part that any network has, such as `student.last`, or several, `student.stages` (`kd.names`). Of
-several teachers the views are `teacher1.logits`, `teacher2.layer3`, …
+several teachers the views are `teacher1.logits`, `teacher2.layer3`, …; `earlier.logits` is what the student said of a
+sample when it saw it last.
 Terms name views; losses see tensors, and a list of them where a term names a list.
 """
 
@@ -21,7 +22,9 @@ from torch import Tensor, nn
 from kd import binding
 from kd.binding import Finds, Views
 from kd.binding import each as _each
+from kd.earlier import Earlier
 from kd.errors import InputError, nearest
+from kd.names import EARLIER
 from kd.schedules import Schedule
 
 Value = TypeVar("Value")
@@ -40,7 +43,7 @@ class Term:
             gives a scalar.
         weight: 0 or more. At exactly 0 the term is not computed at all.
         student: `student.logits`, or `student.` and the path of a layer; or a list of such, for a loss on several.
-        teacher: `teacher.logits`, or `teacher.` and the path of a layer; or a list of such.
+        teacher: `teacher.logits`, or `teacher.` and the path of a layer; or a list of such; or `earlier.logits`.
         target: `batch.target`.
         feature: a second view of the student's, for a loss that reads its logits and a layer; or a list of such.
         row: `batch.row`, each sample's place in the split, for a loss that remembers samples.
@@ -80,6 +83,8 @@ class Term:
             several = isinstance(given, Sequence) and not isinstance(given, str) and side != "batch" and len(given) > 0
             for view in given if several else [given]:
                 if isinstance(view, str) and re.match(rf"{side}{_NUMBER if side == 'teacher' else ''}\..", view):
+                    continue
+                if role == "teacher" and view == EARLIER:
                     continue
                 example = f"batch.{role}" if side == "batch" else f"{side}.{LOGITS}"
                 raise InputError(
@@ -151,6 +156,8 @@ class Objective(nn.Module):
             raise InputError(f"the objective has nothing to minimise: {weightless}; give a term a weight above 0")
         self.losses = nn.ModuleDict({name: term.loss for name, term in self.active.items()})
         self.weights: dict[str, float] = {name: term.weight for name, term in self.active.items()}
+        read = {view for term in self.active.values() for views in term.names().values() for view in _each(views)}
+        self.earlier = Earlier() if EARLIER in read else None
         self._scheduled: list[Any] = [term.loss for term in self.active.values() if hasattr(term.loss, "at")]
         # Without a schedule or a draw, each step asks for the same views.
         self._same = not any(hasattr(t.loss, "heard") or "weight" in t.schedule for t in self.active.values())
@@ -158,8 +165,8 @@ class Objective(nn.Module):
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether an active term reads a view of the teacher's."""
-        return any(term.teacher is not None for term in self.active.values())
+        """Whether an active term reads a view of a teacher's that is another network."""
+        return any(view != EARLIER for term in self.active.values() for view in _each(term.teacher or []))
 
     def names_parts(self, side: str) -> bool:
         """Whether an active term names a part of that side's network, so that `resolve` needs its outline.
@@ -233,6 +240,10 @@ class Objective(nn.Module):
             InputError: if a view is not among the shapes, a loss is given a list where it takes one layer or one where
                 it takes a list, or it cannot bridge them.
         """
+        if self.earlier is not None:
+            logits = _one(f"student.{LOGITS}", shapes, EARLIER)
+            self.earlier.bind(_one("batch.row", shapes, EARLIER)[0], logits[1])
+            shapes = {**shapes, EARLIER: logits}
         for name, term in self.active.items():
             bind = getattr(term.loss, "bind", None)
             wanted = [view for role, view in term.names().items() if role != "target"]
@@ -258,6 +269,7 @@ class Objective(nn.Module):
         shapes = {name: view.shape for name, view in views.items()}
         try:
             with torch.no_grad():
+                views = self._with_earlier(views)
                 for name, term in self.eval().active.items():
                     given = {role: _look_up(view, views, name) for role, view in term.names().items()}
                     said = binding.described(name, term.names(), shapes)
@@ -328,6 +340,7 @@ class Objective(nn.Module):
             InputError: if a view is missing, or a loss gives no scalar.
         """
         parts: dict[str, Tensor] = {}
+        given, views = views, self._with_earlier(views)
         for name in self.now:
             term = self.active[name]
             part = term.loss(
@@ -336,8 +349,16 @@ class Objective(nn.Module):
             if part.ndim:
                 raise InputError(f"the loss of the term {name!r} has shape {tuple(part.shape)}; a scalar was meant")
             parts[name] = part
+        if self.earlier is not None and self.training:
+            self.earlier.keep(given["batch.row"], given[f"student.{LOGITS}"])
         weighted = [self.weights[name] * part for name, part in parts.items()]
         return sum(weighted[1:], start=weighted[0]), parts
+
+    def _with_earlier(self, views: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        if self.earlier is None:
+            return views
+        row, target = (_one(f"batch.{name}", views, EARLIER) for name in ("row", "target"))
+        return {**views, EARLIER: self.earlier.recall(row, target)}
 
 
 def _heard(loss: nn.Module, role: str, views: Views) -> Any:

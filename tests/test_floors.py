@@ -17,7 +17,7 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("",),
     ("errors", "names"),
     ("store",),
-    ("losses", "compress", "instantiate", "binding"),
+    ("losses", "compress", "instantiate", "binding", "earlier"),
     ("schedules",),
     ("objective", "models", "data", "tasks"),
     ("training",),

@@ -18,6 +18,7 @@ from kd.errors import InputError
 from kd.instantiate import instantiate
 from kd.losses.feature import Hint
 from kd.losses.logits import CrossEntropy, SoftTargetKL, cross_entropy, soft_target_kl
+from kd.losses.self_taught import PSKD, pskd
 from kd.objective import Objective, Term
 
 CONF = Path(__file__).resolve().parents[1] / "conf" / "loss"
@@ -370,3 +371,56 @@ def test_the_default_files_make_the_objective_of_hinton() -> None:
     expected = 0.25 * cross_entropy(STUDENT, TARGET) + 0.75 * soft_target_kl(STUDENT, TEACHER, 4.0)
     assert_close(total, expected)
     assert set(parts) == {"ce", "kd"}
+
+
+def earlier_term(loss: nn.Module | None = None) -> Term:
+    views = {"student": "student.logits", "teacher": "earlier.logits", "target": "batch.target"}
+    return Term(loss or PSKD(alpha=0.5), 1.0, **views)
+
+
+def bound_to_earlier() -> Objective:
+    objective = Objective({"pskd": earlier_term()})
+    objective.bind({"student.logits": torch.Size((2, 3)), "batch.row": torch.Size((9,))})
+    return objective
+
+
+def seen(logits: Tensor, row: list[int]) -> dict[str, Tensor]:
+    return {"student.logits": logits, "batch.target": tensor([0, 1]), "batch.row": tensor(row)}
+
+
+def test_a_term_may_read_what_the_student_said_of_a_sample_before_and_the_label_at_first() -> None:
+    objective, target = bound_to_earlier(), tensor([0, 1])
+    assert not objective.needs_teacher and not objective.paths("teacher")
+    first, second = tensor([[1.0, 0.0, 2.0], [0.0, 3.0, 1.0]]), tensor([[0.0, 1.0, 0.0], [2.0, 0.0, 0.0]])
+    assert_close(objective(seen(first, [4, 7]))[0], cross_entropy(first, target))
+    # Sample 7 comes again, in the other place, and 0 for the first time.
+    known = torch.stack([first[1], tensor([0.0, 1e4, 0.0])])
+    assert_close(objective(seen(second, [7, 0]))[0], pskd(second, known, target, 0.5))
+
+
+def test_in_evaluation_nothing_is_remembered_and_a_resumed_objective_recalls_the_same() -> None:
+    objective, logits = bound_to_earlier(), tensor([[1.0, 0.0, 2.0], [0.0, 3.0, 1.0]])
+    before = objective.state_dict()["earlier.said"].clone()
+    objective.eval()(seen(logits, [4, 7]))
+    objective.rehearse(seen(logits, [0, 0]))
+    assert objective.state_dict()["earlier.said"].isnan().equal(before.isnan()) and before.isnan().all()
+    objective.train()(seen(logits, [4, 7]))
+    resumed = bound_to_earlier()
+    resumed.load_state_dict(objective.state_dict(), strict=True)
+    assert_close(resumed(seen(logits, [7, 4]))[0], objective(seen(logits, [7, 4]))[0])
+
+
+def test_only_a_teacher_may_be_an_earlier_self_and_only_its_logits() -> None:
+    for role, view in (("student", "earlier.logits"), ("teacher", "earlier.conv3")):
+        views = {"student": "student.logits", "teacher": "earlier.logits", "target": "batch.target"} | {role: view}
+        with pytest.raises(InputError, match=f"as its {role}; a name that begins"):
+            Term(PSKD(), 1.0, **views)
+
+
+def test_any_loss_on_logits_may_have_its_own_student_for_a_teacher() -> None:
+    views = {"student": "student.logits", "teacher": "earlier.logits"}
+    objective = Objective({"kd": Term(SoftTargetKL(4.0), 1.0, **views)})
+    objective.bind({"student.logits": torch.Size((2, 3)), "batch.row": torch.Size((9,))})
+    logits = tensor([[1.0, 0.0, 2.0], [0.0, 3.0, 1.0]])
+    objective(seen(logits, [1, 2]))
+    assert objective(seen(logits, [1, 2]))[0].item() == pytest.approx(0, abs=1e-6)

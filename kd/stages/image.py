@@ -140,11 +140,15 @@ class Distil:
     @classmethod
     def unused(cls, config: Mapping[str, Any], inputs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         """Stored soft labels serve views that come again, and of these the logits and the features that were kept."""
+        heard = [term.get("teacher") for term in config["objective"].values() if weighs(term.get("weight", 1))]
+        teachers = {view for views in heard for view in ([views] if isinstance(views, str) else views or [])}
+        if not teachers - {names.EARLIER}:
+            found = {"labels": "no term of a weight above 0 hears the teacher"}
+            if teachers:
+                found["teacher"] = f"the student's own {names.EARLIER} take its place"
+            return {role: why for role, why in found.items() if role in inputs}
         if "labels" not in inputs:
             return {}
-        heard = [term for term in config["objective"].values() if weighs(term.get("weight", 1))]
-        if not any(term.get("teacher") for term in heard):
-            return {"labels": "no term of a weight above 0 hears the teacher"}
         if config.get("live"):
             return {"labels": "labels.live=true asks for the live teacher"}
         augment = config["data"].get("augment", "none")
@@ -169,7 +173,7 @@ class Distil:
             if not weighs(term.get("weight", 1)) or not term.get("teacher"):
                 continue
             for view in term["teacher"] if isinstance(term["teacher"], list) else [term["teacher"]]:
-                if view != "teacher.logits" and view not in kept:
+                if view not in ("teacher.logits", names.EARLIER) and view not in kept:
                     path = str(view).removeprefix("teacher.").removesuffix(names.POOLED)
                     vector = str(view).endswith(names.POOLED) or path == "embedding"
                     mend = f" (labels.features=[{path}] would store it)" if vector else ""
@@ -183,7 +187,9 @@ class Distil:
             InputError: if a layer path is not there, shapes cannot be bridged, or class counts differ.
         """
         teacher = inputs.get("teacher")
-        if isinstance(teacher, Artifact):
+        if teacher is None and views_of(self.objective, names.EARLIER.partition(".")[0]):
+            rehearse(self.data, self.student, None, self.objective, self.fit, room)
+        elif isinstance(teacher, Artifact):
             from kd.models import load
 
             net = room.once(("teacher", teacher.key), lambda: load(teacher.path))

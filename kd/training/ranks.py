@@ -25,6 +25,7 @@ from pytorch_lightning.strategies import DDPStrategy
 from torch import nn
 
 from kd.errors import InputError, KDError
+from kd.names import EARLIER
 from kd.objective import Objective
 from kd.training.settings import Fit
 
@@ -55,6 +56,10 @@ def check(fit: Fit, devices: int, gpu: bool, student: nn.Module, objective: Obje
                 f"the term {name} compares the samples of a batch, of which each of {devices} devices would see only "
                 "its part; use run.devices=1"
             )
+    if objective.earlier is not None:
+        raise InputError(
+            f"a term reads {EARLIER}, and each of {devices} devices would remember other samples; use run.devices=1"
+        )
     if not gpu and any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in student.modules()):
         raise InputError(
             f"run.devices={devices}: on the CPU batch normalisation would see only a part of each batch; use "
