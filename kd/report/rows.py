@@ -27,7 +27,7 @@ COST = ("parameters", "macs", "bytes", "latency_ms_batch1", "latency_ms_batch64"
 MEASURED = ("gain", "latency_ms_batch1", "latency_ms_batch64", "wall_s")
 # What a row is compared with, measured on another run: one teacher for all seeds has no spread.
 REFERENCES = ("teacher/accuracy", "alone/accuracy")
-HEARS = ("Distil", "Circle")  # the stages whose student hears another network
+HEARS = ("Distil", "Circle", "MetaDistil")  # the stages whose student hears another network
 # Settings with a column of their own.
 _NAMED = ("model", "data", "teacher", "loss", "epochs", "samples")
 _OWN = {"config.seed", "config.fit.epochs", "config.fit.samples", "config.model.name", "config.data.name"}

@@ -6,6 +6,7 @@ from kd.stages.compress import FineTune, LowRank, Prune
 from kd.stages.fingerprints import code_print, environment_print
 from kd.stages.image import Distil, Train
 from kd.stages.labels import SoftLabels
+from kd.stages.meta import MetaDistil
 from kd.stages.quantize import Quantize
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Distil",
     "FineTune",
     "LowRank",
+    "MetaDistil",
     "Prune",
     "Quantize",
     "Room",

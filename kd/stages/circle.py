@@ -76,15 +76,11 @@ class Circle:
         one_of("circle.hears", config["hears"], HEARS)
         number = isinstance(config["rate"], (int, float)) and not isinstance(config["rate"], bool)
         require(number and config["rate"] >= 0, "circle.rate", config["rate"], "0 or more")
-        tune = config["tune"]
-        if not (tune in ("all", "head") or (isinstance(tune, list) and tune and all(isinstance(p, str) for p in tune))):
-            raise InputError(f"circle.tune={tune!r}: give all, head, or a list of layers, e.g. [layer4,fc]")
+        tune = checked_tune(config["tune"])
         copies, peers = config["copies"], list(config["peers"])
         require(type(copies) is int and copies >= 0, "circle.copies", copies, "a whole number, 0 or more")
         found = {**config, "peers": [_model(p) for p in peers] or [config["student"]] * copies, "copies": 0}
-        if isinstance(tune, list):
-            found["tune"] = sorted(set(tune))
-        return found
+        return {**found, "tune": tune}
 
     @classmethod
     def unused(cls, config: Mapping[str, Any], inputs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
@@ -138,13 +134,13 @@ class Circle:
         others = {name: member.net for name, member in members.items() if name != STUDENT}
 
         def more() -> dict[str, Any]:
-            return _told(others, inputs, splits, self.data, room)
+            return told(others, inputs, splits, self.data, room)
 
         made = Assembly(circle, fit, split, None, teacher, None, None, tuple(said))
         card = trained(self, made, inputs, splits, out, room, recipe(self.student, self.data, splits), more=more)
         configs = {f"peer{index}": model for index, model in enumerate(self.peers, 1)}
         for name, net in others.items():
-            spec = recipe(configs[name], self.data, splits) if name in configs else _recipe_of(inputs[TEACHER])
+            spec = recipe(configs[name], self.data, splits) if name in configs else recipe_of_artifact(inputs[TEACHER])
             save(net.cpu().eval(), spec, out, name=name)
         return card
 
@@ -170,11 +166,12 @@ class Circle:
             heard = names if self.hears == "all" else [other for other in names if other != name]
             terms: Objective = build_objective(self.back if name == TEACHER else self.objective, room)
             if name == TEACHER and teacher is not None:
-                members[name] = Member(teacher, terms, heard, _tuned(teacher, self.tune, self.data), float(self.rate))
+                members[name] = Member(teacher, terms, heard, tuned(teacher, self.tune, self.data), float(self.rate))
             else:
                 members[name] = Member(nets[name], terms, heard)
         said = []
         for name, member in members.items():
+            assert member.objective is not None
             nets = {"student": member.net} | {side: members[other].net for side, other in member.roles().items()}
             try:
                 lines = bind_sides(member.objective, nets, self.data, samples=samples, rehearse=rehearse)
@@ -189,6 +186,22 @@ class Circle:
         return Module(members, STUDENT, optimisers, fit.lr, self.turns == "alternate", fit.channels_last)
 
 
+def checked_tune(tune: Any) -> str | list[str]:
+    """What of a teacher learns, in one form.
+
+    Raises:
+        InputError: if it is neither `all`, `head` nor a list of layers.
+
+    >>> checked_tune(["fc", "layer4", "fc"])
+    ['fc', 'layer4']
+    """
+    if tune in ("all", "head"):
+        return str(tune)
+    if isinstance(tune, list) and tune and all(isinstance(path, str) for path in tune):
+        return sorted(set(tune))
+    raise InputError(f"circle.tune={tune!r}: give all, head, or a list of layers, e.g. [layer4,fc]")
+
+
 def _model(node: Any) -> Config:
     """A network by its name alone, or as a config has it."""
     base = {"_target_": "kd.models.create", "pretrained": False, "stages": None, "options": {}}
@@ -199,7 +212,7 @@ def _model(node: Any) -> Config:
     raise InputError(f"students: {node!r} is no network; give a name, or a mapping such as {{name: resnet18}}")
 
 
-def _tuned(net: Normalised, tune: str | list[str], data: Config) -> list[str] | None:
+def tuned(net: Normalised, tune: str | list[str], data: Config) -> list[str] | None:
     """The layers of the teacher that learn, by path; None for all."""
     from kd.models.outline import outline
 
@@ -213,13 +226,14 @@ def _tuned(net: Normalised, tune: str | list[str], data: Config) -> list[str] | 
     return [head]
 
 
-def _recipe_of(artifact: Artifact) -> dict[str, Any]:
+def recipe_of_artifact(artifact: Artifact) -> dict[str, Any]:
+    """What an artifact's network is built from."""
     from kd.models.files import recipe_of
 
     return recipe_of(artifact.path)
 
 
-def _told(
+def told(
     others: Mapping[str, Normalised], inputs: Mapping[str, Artifact], splits: Splits, data: Config, room: Room
 ) -> dict[str, Any]:
     """What became of the others: accuracies, and how far the teacher went from where it was."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Protocol, Self, cast
 
 import pytorch_lightning as pl
 import torch
@@ -31,15 +31,16 @@ class Member:
 
     Args:
         net: with its normalisation.
-        objective: its terms, where `student` is this network and `teacher` (or `teacher1`, …) those it hears.
+        objective: its terms, where `student` is this network and `teacher` (or `teacher1`, …) those it hears; None: it
+            only speaks, unless something else teaches it.
         hears: members by name, in the order of the teachers.
         tuned: the layers that learn, by path; None: all.
         rate: its learning rate as a multiple of the fit's.
     """
 
     net: Normalised
-    objective: Objective
-    hears: Sequence[str]
+    objective: Objective | None
+    hears: Sequence[str] = ()
     tuned: Sequence[str] | None = None
     rate: float = 1.0
     taps: dict[str, str] = field(default_factory=dict)
@@ -55,8 +56,8 @@ class Member:
         return {f"teacher{index}": name for index, name in enumerate(self.hears, 1)}
 
     def learning(self) -> list[nn.Parameter]:
-        """The network's parameters that learn."""
-        return [p for p in self.net.parameters() if p.requires_grad]
+        """The network's parameters that learn by its terms."""
+        return [] if self.objective is None else [p for p in self.net.parameters() if p.requires_grad]
 
 
 class Circle(pl.LightningModule):
@@ -69,6 +70,7 @@ class Circle(pl.LightningModule):
         lr: the fit's learning rate.
         alternate: one member learns in each step, in turn, and the others only speak; else all learn in each.
         channels_last: give images to all networks with the channels innermost.
+        before: called with the circle and a batch before each step.
 
     Raises:
         InputError: if a member hears one that is not there, or a layer to tune is none.
@@ -82,15 +84,19 @@ class Circle(pl.LightningModule):
         lr: float,
         alternate: bool = False,
         channels_last: bool = False,
+        before: Prelude | None = None,
     ) -> None:
         """Install the taps: before any compilation, or hooks never fire."""
         super().__init__()
         self.members = dict(members)
         self.shipped, self.optimisers, self.lr, self.alternate = shipped, optimisers, lr, alternate
         self.nets = nn.ModuleDict({name: member.net for name, member in members.items()})
-        self.objectives = nn.ModuleDict({name: member.objective for name, member in members.items()})
+        self.before = before
+        self.objectives = nn.ModuleDict({n: m.objective for n, m in members.items() if m.objective is not None})
         wanted: dict[str, set[str]] = {name: set() for name in members}
         for name, member in members.items():
+            if member.objective is None:
+                continue
             wanted[name] |= set(member.objective.paths("student"))
             for side, other in member.roles().items():
                 if other not in members:
@@ -102,6 +108,7 @@ class Circle(pl.LightningModule):
             if channels_last:
                 member.net.to(memory_format=torch.channels_last)
         self.channels_last = channels_last
+        self.group = 0  # of parameters, that is the student's
         self.parts: dict[str, Tensor] = {}
         self.gradients_due = False
         self.gradients: dict[str, Tensor] = {}
@@ -123,20 +130,22 @@ class Circle(pl.LightningModule):
     @property
     def objective(self) -> Objective:
         """The terms of the network that is shipped."""
-        return self.members[self.shipped].objective
+        found = self.members[self.shipped].objective
+        assert found is not None
+        return found
 
     def at(self, epoch: float, epochs: int) -> None:
         """Tell all objectives where training stands."""
-        for member in self.members.values():
-            member.objective.at(epoch, epochs)
+        for objective in self.objectives.values():
+            cast(Objective, objective).at(epoch, epochs)
 
     @property
     def judges(self) -> list[tuple[str, Any]]:
         """Losses that weigh the members by what they make of the validation split, each with its member."""
         return [
             (name, loss)
-            for name, member in self.members.items()
-            for loss in member.objective.losses.modules()
+            for name, objective in self.objectives.items()
+            for loss in cast(Objective, objective).losses.modules()
             if getattr(loss, "JUDGES", False)
         ]
 
@@ -156,7 +165,7 @@ class Circle(pl.LightningModule):
 
     def spoken(self, batch: Batch, learners: Iterable[str]) -> dict[str, dict[str, Tensor]]:
         """What each network says of a batch, logits and tapped layers by name; who does not learn leaves no trace."""
-        images, learning = self._laid(batch["image"]), set(learners)
+        images, learning = self.laid(batch["image"]), set(learners)
         found: dict[str, dict[str, Tensor]] = {}
         for name, member in self.members.items():
             with torch.set_grad_enabled(name in learning):
@@ -164,7 +173,13 @@ class Circle(pl.LightningModule):
             found[name] |= self.taps[name].pop()
         return found
 
-    def _laid(self, images: Tensor) -> Tensor:
+    def rate(self) -> float:
+        """The student's learning rate of this step."""
+        groups = cast(Any, self.trainer.optimizers[0]).param_groups
+        return float(groups[self.group]["lr"])
+
+    def laid(self, images: Tensor) -> Tensor:
+        """Images as the networks are given them."""
         return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
 
     def views(self, name: str, batch: Batch, spoken: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -179,12 +194,16 @@ class Circle(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The sum of the objectives of those whose turn it is; the parts of all stay in `parts`."""
+        if self.before is not None:
+            self.before(self, batch)
         names = [name for name, member in self.members.items() if member.learning()]
         learners = [names[int(self.global_step) % len(names)]] if self.alternate else names
         spoken = self.spoken(batch, learners)
         parts: dict[str, Tensor] = {}
         totals, own = [], {}
         for name, member in self.members.items():
+            if member.objective is None:
+                continue
             with torch.set_grad_enabled(name in learners):
                 total, found = member.objective(self.views(name, batch, spoken))
             if name in learners:
@@ -200,13 +219,12 @@ class Circle(pl.LightningModule):
 
     def gradients_of_terms(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What each of the last step's terms does to the student, as `of_terms` has it."""
-        member = self.members[self.shipped]
-        weights = {name: member.objective.terms[name].weight for name in parts}
-        return of_terms(parts, weights, member.learning())
+        weights = {name: self.objective.terms[name].weight for name in parts}
+        return of_terms(parts, weights, self.members[self.shipped].learning())
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Keep the logits; metrics are made of the whole split."""
-        images = self._laid(batch["image"])
+        images = self.laid(batch["image"])
         names = list(self.members) if self.judges else [self.shipped]
         self.seen.append(({name: self.members[name].net(images) for name in names}, batch["target"]))
         for name in names:
@@ -234,12 +252,40 @@ class Circle(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """One group of parameters a member, its objective's own among them, at the member's learning rate."""
-        groups = []
-        for member in self.members.values():
-            trained = [*member.learning(), *(p for p in member.objective.parameters() if p.requires_grad)]
+        groups: list[dict[str, Any]] = []
+        for name, member in self.members.items():
+            self.group = len(groups) if name == self.shipped else self.group
+            own = [] if member.objective is None else member.objective.parameters()
+            trained = [*member.learning(), *(p for p in own if p.requires_grad)]
             if trained:
                 groups.append({"params": trained, "lr": self.lr * member.rate})
         return self.optimisers(groups)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """With what goes before a step."""
+        if self.before is not None:
+            checkpoint["before"] = self.before.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Give it back what it had."""
+        if self.before is not None:
+            self.before.load_state_dict(checkpoint["before"])
+
+
+class Prelude(Protocol):
+    """What happens before a step; plain tensors and numbers are all it remembers."""
+
+    def __call__(self, circle: Circle, batch: Batch) -> None:
+        """Do it."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the checkpoint keeps of it."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take it from the checkpoint."""
+        ...
 
 
 def _tune(name: str, member: Member) -> None:
@@ -252,5 +298,5 @@ def _tune(name: str, member: Member) -> None:
         if path not in paths or not path:
             raise InputError(f"{path!r} is no layer of the {name} to tune{nearest(path, paths)}")
         paths[path].requires_grad_(True)
-    if not member.learning():
+    if not any(p.requires_grad for p in member.net.parameters()):
         raise InputError(f"the layers of the {name} to tune ({', '.join(member.tuned)}) hold nothing that learns")
