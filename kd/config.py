@@ -23,12 +23,13 @@ from omegaconf.errors import OmegaConfBaseException
 from kd.errors import InputError, nearest, offer
 from kd.instantiate import check_target, signature_errors, targets
 from kd.pipeline.expand import expand
+from kd.pipeline.hearing import heard
 from kd.schedules import complemented, is_schedule, schedule_of
 from kd.training.settings import Fit, Run, require, typed
 
 STEPS = {"prune", "lowrank", "quantize", "recover"}  # what a list of compress may name, each a group of its own
 ROOT_KEYS = {"teacher", "student", "data", "loss", "fit", "teacher_fit", "labels", "pipeline", "run", *STEPS}
-ROOT_KEYS |= {"circle", "back"}  # of networks that learn together
+ROOT_KEYS |= {"mix", "assistant_fit"} | {"circle", "back"}  # of several teachers; of networks that learn together
 # Of models, for the pipelines that have several; and of steps.
 LISTS = {"teachers": "resnet34,resnet18", "assistants": "resnet34,resnet18", "students": "resnet34,resnet18"}
 LISTS |= {"compress": "prune,lowrank"}
@@ -467,7 +468,8 @@ def checked(raw: Mapping[Any, Any], resolve: Callable[[], Any]) -> dict[str, Any
         if not isinstance(plain[key], list):
             raise InputError(f"{key}={plain[key]!r} is no list; write one, e.g. {key}=[{LISTS[key]}]")
     _pipeline(plain["pipeline"])
-    plain["pipeline"] = {**plain["pipeline"], "stages": expand(plain["pipeline"]["stages"])}
+    stages = {n: heard(s, f"pipeline.stages.{n}") for n, s in expand(plain["pipeline"]["stages"]).items()}
+    plain["pipeline"] = {**plain["pipeline"], "stages": stages}
     _dials(plain)
     run = typed(Run, plain["run"], "run")
     if not all(isinstance(name, str) for name in run.trusted):

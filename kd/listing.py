@@ -12,7 +12,7 @@ from kd.errors import InputError, nearest
 if TYPE_CHECKING:
     from kd.models import Outline
 
-GROUPS = ("loss", "recipe", "data", "pair", "fit", "pipeline", "run", "experiments")
+GROUPS = ("loss", "recipe", "mix", "data", "pair", "fit", "pipeline", "run", "experiments")
 KINDS = (*GROUPS, "model", "stage", "layers")
 _PAPER = re.compile(r"(?P<method>[^:]+) \((?P<paper>[^()]*\b(?:19|20)\d\d)\): (?P<about>.+)")
 _FAMILIES = {"logits": "response", "self_taught": "response"} | dict.fromkeys(

@@ -25,6 +25,7 @@ from kd.binding import each as _each
 from kd.earlier import Earlier
 from kd.errors import InputError, nearest
 from kd.names import EARLIER
+from kd.roles import is_teacher
 from kd.schedules import Schedule
 
 Value = TypeVar("Value")
@@ -168,6 +169,17 @@ class Objective(nn.Module):
         """Whether an active term reads a view of a teacher's that is another network."""
         return any(view != EARLIER for term in self.active.values() for view in _each(term.teacher or []))
 
+    @property
+    def teachers(self) -> list[str]:
+        """The teachers that active terms ever hear: `teacher`, or `teacher1`, `teacher2` and so on.
+
+        >>> from kd.losses.logits import SoftTargetKL
+        >>> Objective({"kd": Term(SoftTargetKL(4.0), 1, "student.logits", "teacher2.logits")}).teachers
+        ['teacher2']
+        """
+        named = [view for term in self.active.values() for views in term.names().values() for view in _each(views)]
+        return sorted({side for view in named if is_teacher(side := view.partition(".")[0])})
+
     def names_parts(self, side: str) -> bool:
         """Whether an active term names a part of that side's network, so that `resolve` needs its outline.
 
@@ -217,12 +229,12 @@ class Objective(nn.Module):
         """The layers of a net that active terms read, sorted: what to tap. Logits are no layer.
 
         Args:
-            side: `student`, or `teacher`, or of several `teacher1`, `teacher2`, …
+            side: `student`, `teacher`, or one of several teachers.
 
         Raises:
             InputError: if the side is another.
         """
-        if not re.fullmatch(rf"student|teacher{_NUMBER}", side):
+        if side != "student" and not is_teacher(side):
             raise InputError(f"{side!r} is no side of an objective{nearest(side, ('student', 'teacher'))}")
         views = {view for term in self.active.values() for named in term.names().values() for view in _each(named)}
         return sorted(v.partition(".")[2] for v in views if v.startswith(f"{side}.") and v != f"{side}.{LOGITS}")
@@ -276,6 +288,12 @@ class Objective(nn.Module):
                     binding.tried(partial(term.loss, **given), said)
         finally:
             self.train(training)
+
+    def draws_from(self, seed: int) -> None:
+        """Tell each loss that draws among teachers the seed of the training; the draws are made of it and of `at`."""
+        for part in self.losses.modules():
+            if callable(take := getattr(part, "draws_from", None)):
+                take(seed)
 
     def at(self, epoch: float, epochs: int) -> None:
         """Set what is scheduled for where training stands; before a step, whatever the steps before it were.

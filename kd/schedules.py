@@ -11,7 +11,7 @@ Each is a function of how many epochs are done alone, so that a resumed run goes
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -227,16 +227,27 @@ def replaced(node: Any, path: str, value: float) -> Any:
     return {**node, head: replaced(node[head], rest, value) if rest else value}
 
 
+def scaled(weight: Any, factor: float) -> Any:
+    """A weight in a config, a number or a schedule, times a factor.
+
+    >>> scaled(0.9, 0.5), scaled({"_target_": "kd.schedules.Linear", "start": 0, "end": 1, "last": 5}, 0.5)["end"]
+    (0.45, 0.5)
+    """
+    if not is_schedule(weight):
+        return float(weight) * factor
+    return _turned(weight, lambda value: float(value) * factor)
+
+
 def complemented(node: Mapping[str, Any]) -> dict[str, Any]:
     """The schedule of 1 minus what another one gives, in config.
 
     >>> complemented({"_target_": "kd.schedules.Linear", "start": 0.9, "end": 0})
     {'_target_': 'kd.schedules.Linear', 'start': 0.1, 'end': 1.0}
     """
+    return _turned(node, lambda value: round(1.0 - float(value), 12))
 
-    def turn(value: float) -> float:
-        return round(1.0 - float(value), 12)
 
+def _turned(node: Mapping[str, Any], turn: Callable[[float], float]) -> dict[str, Any]:
     found = dict(node)
     for name in ("start", "end"):
         if name in found:

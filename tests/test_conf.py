@@ -24,15 +24,20 @@ LATE = {
     "pytorch_lightning.loggers.CSVLogger": ("save_dir", "name", "version"),
     "pytorch_lightning.loggers.TensorBoardLogger": ("save_dir", "name", "version"),
 }
+MIXES = ("MeanLogits", "MeanProbabilities", "ByConfidence", "ByCrossEntropy", "Gate", "RandomChoice", "Each")
+LATE |= {f"kd.losses.ensemble.{mix}": ("loss",) for mix in MIXES}  # that of each term that it is laid over
 LOGGERS = ["pytorch_lightning.loggers"]  # allowed under run.logger alone
 # A layer for each view that a file of conf/loss leaves open.
 LAYERS = {"student": "student.conv3", "teacher": "teacher.conv3", "feature": "student.conv3"}
+
+# The lists that a pipeline cannot do without.
+LISTS = {"pipeline/teachers": ["teachers=[seed_cnn]"], "pipeline/students": ["students=[seed_cnn]"]}
 
 
 def words(option):
     """What a loss needs to be told: each view that its file leaves open."""
     if not option.startswith("loss/"):
-        return []
+        return LISTS.get(option, [])
     ((name, term),) = yaml.safe_load((CONF / f"{option}.yaml").read_text()).items()
     return [f"loss.{name}.{role}={layer}" for role, layer in LAYERS.items() if term.get(role) == "???"]
 
@@ -53,7 +58,8 @@ def bind(config, seen):
         node = config
         for part in re.findall(r"\w+", where):
             node = node[int(part)] if isinstance(node, list) else node[part]
-        signature_errors(node, where, LOGGERS if where.startswith("run.logger.") else (), LATE.get(target, ()))
+        late = tuple(name for name in LATE.get(target, ()) if name not in node)
+        signature_errors(node, where, LOGGERS if where.startswith("run.logger.") else (), late)
         seen.add(target)
 
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # raises errors; the command line stands on what its commands do, and that on composed configs. "" is kd/__init__.py.
 LADDER: tuple[tuple[str, ...], ...] = (
     ("",),
-    ("errors", "names"),
+    ("errors", "names", "roles"),
     ("store",),
     ("losses", "compress", "instantiate", "binding", "earlier"),
     ("schedules",),
@@ -31,7 +31,7 @@ LADDER: tuple[tuple[str, ...], ...] = (
 )
 RUNG = {place: height for height, places in enumerate(LADDER) for place in places}
 # Planning and listing read these, and they outlive any dependency.
-STANDARD_LIBRARY_ONLY = ("", "errors", "names", "store")
+STANDARD_LIBRARY_ONLY = ("", "errors", "names", "roles", "store")
 ONLY_HOME = {"lightning": "training", "pytorch_lightning": "training", "wandb": "training"}
 
 

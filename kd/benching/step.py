@@ -156,7 +156,7 @@ def _loops(stage: dict[str, Any], config: dict[str, Any], run: Run, steps: int) 
                 objective,
                 configure(fit, WARM + steps),
                 teacher if distilled else None,
-                stored=stored is not None,
+                stored=("teacher",) if stored is not None else (),
             )
             with _scratch() as work, quiet():
                 train(

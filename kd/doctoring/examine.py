@@ -18,6 +18,8 @@ from kd.instantiate import resolve
 from kd.pipeline.execute import build as build_stage
 from kd.pipeline.execute import check
 from kd.pipeline.plan import Node, Plan
+from kd.roles import labels_of, teachers
+from kd.schedules import weighs
 from kd.stages.base import Company, Room
 from kd.store import Artifact, Store, canonical, short, with_neutral
 from kd.training.settings import Fit, Run
@@ -121,17 +123,20 @@ class _Desk:
         splits = load_data(stage.data, self._room(run))
         there = {role: self.store.get(key) for role, key in node.inputs.items()}
         found.checks.append(self._stages(plan))
-        artifact = there.get("teacher")
-        if artifact is not None:
-            found.checks += self._teacher(node, artifact, stage, splits, run)
-        elif "teacher" in node.inputs:
-            found.checks.append(Check(WARN, "teacher accuracy", f"{verdicts.NOT_YET}; ask again when it is"))
+        for role in teachers(node.inputs):
+            artifact = there.get(role)
+            if artifact is not None:
+                found.checks += self._teacher(node, role, artifact, stage, splits, run)
+            else:
+                found.checks.append(Check(WARN, f"{role} accuracy", f"{verdicts.NOT_YET}; ask again when it is"))
         made = self._assembled(node, stage, splits, plan, run)
         found.checks.append(self._normalised("student", made.module.student, stage, stage.student_config, splits, run))
         found.checks.append(_bindings(made))
-        if "labels" in node.inputs:
-            found.checks.append(self._stored(there.get("labels"), artifact, made, stage, run))
-        trained = "teacher" not in node.inputs or artifact is not None
+        for role in teachers(node.inputs):
+            if labels_of(role) in node.inputs:
+                one = self._stored(role, there.get(labels_of(role)), there.get(role), made, stage, run)
+                found.checks.append(_of(role, one))
+        trained = all(there.get(role) is not None for role in teachers(node.inputs))
         found.checks += self._steps(node, stage, made, splits, run, trained)
 
     def _stages(self, plan: Plan) -> Check:
@@ -141,7 +146,7 @@ class _Desk:
         ]
         return Check(OK, "stages", ", ".join(states))
 
-    def _teacher(self, node: Node, artifact: Artifact, stage: Any, splits: Splits, run: Run) -> list[Check]:
+    def _teacher(self, node: Node, role: str, artifact: Artifact, stage: Any, splits: Splits, run: Run) -> list[Check]:
         from kd.models import load
         from kd.training.probe import speak
 
@@ -158,8 +163,10 @@ class _Desk:
             ),
             verdicts.class_order(names, list(splits.classes)),
         ]
-        model = card["document"]["config"].get("model", {})
-        return [*checks, self._normalised("teacher", net, stage, model, splits, run)]
+        config = card["document"]["config"]
+        model = config.get("model") or config.get("student") or {}
+        normalised = self._normalised("teacher", net, stage, model, splits, run)
+        return [_of(role, check) for check in (*checks, normalised)]
 
     def _normalised(
         self, role: str, net: Normalised, stage: Any, model: Mapping[str, Any], splits: Splits, run: Run
@@ -193,15 +200,23 @@ class _Desk:
 
         room = self._room(run)
         inputs = {role: found for role, key in node.inputs.items() if (found := self.store.get(key)) is not None}
-        teacher = None
-        if "teacher" in node.inputs and "teacher" not in inputs:
-            source = next(n for n in plan.nodes if n.key == node.inputs["teacher"])
-            teacher = build(source.config["model"], stage.data, splits, 0, room)
+        fresh = {}
+        for role in teachers(node.inputs):
+            if role not in inputs:
+                source = next(n for n in plan.nodes if n.key == node.inputs[role])
+                model = source.config.get("model") or source.config["student"]
+                fresh[role] = build(model, stage.data, splits, 0, room)
         student = build(stage.student_config, stage.data, splits, stage.seed, room)
-        return assemble(stage, student, inputs, splits, room, teacher)
+        return assemble(stage, student, inputs, splits, room, fresh)
 
     def _stored(
-        self, labels: Artifact | None, teacher: Artifact | None, made: Assembly[Distiller], stage: Any, run: Run
+        self,
+        role: str,
+        labels: Artifact | None,
+        teacher: Artifact | None,
+        made: Assembly[Distiller],
+        stage: Any,
+        run: Run,
     ) -> Check:
         import torch
 
@@ -215,7 +230,7 @@ class _Desk:
             return Check(FAIL, "stored labels", f"{wrong}; remove them with `kd rm {short(labels.key)}`")
         config = with_neutral(labels.card["document"]["config"], kind.SINCE)
         loader = loader_of(made.split, made.fit, run, stage.data, stage.seed, made.views, made.view_seed, made.labels)
-        stored, live = spoken(made.module, load(teacher.path), loader, run)
+        stored, live = spoken(load(teacher.path), loader, run, role)
         top = live.argmax(1, keepdim=True)
         off = (stored.softmax(1).gather(1, top) - live.softmax(1).gather(1, top)).abs().max().item()
         agree = float((stored.argmax(1) == top.squeeze(1)).to(torch.float64).mean())
@@ -226,13 +241,15 @@ class _Desk:
         self, node: Node, stage: Any, made: Assembly[Distiller], splits: Splits, run: Run, trained: bool
     ) -> list[Check]:
         """Take some steps; what they show of the teacher, the losses and the terms."""
-        live = made.module.teacher
+        from kd.training.probe import listened
+
+        live = listened(made.module)
         probed = self._probed(node, stage, made, splits, run)
         checks = []
         if live is not None:
-            norms = sum("running_mean" in name for name, _ in live.module.named_buffers())
+            norms = sum("running_mean" in name for name, _ in live.named_buffers())
             checks += [verdicts.frozen(probed.training, probed.learning), verdicts.unmoved(probed.moved, norms)]
-        elif "teacher" in node.inputs:
+        elif teachers(node.inputs):
             why = (
                 "its stored labels speak for it" if made.labels is not None else "no term of a weight above 0 hears it"
             )
@@ -250,10 +267,10 @@ class _Desk:
         loader = loader_of(made.split, made.fit, run, stage.data, stage.seed, made.views, made.view_seed, made.labels)
         probed = probe(made.module, loader, made.fit, run, stage.seed)
         step = probed.step_s
-        if made.module.teacher is not None and "labels" in node.inputs:
-            assert made.teacher is not None
-            _, _, asked = speak(made.teacher, made.split, stage.data, run, made.fit.batch_size)
-            step = max(step - asked * made.fit.batch_size, step / 10)  # its labels will be there by then
+        for role in made.module.live:
+            if labels_of(role) in node.inputs:
+                _, _, asked = speak(made.teachers[role], made.split, stage.data, run, made.fit.batch_size)
+                step = max(step - asked * made.fit.batch_size, step / 10)  # its labels will be there by then
         self.speeds.setdefault(self._kind(node), _Speed(step, judge, size))
         return probed
 
@@ -264,7 +281,7 @@ class _Desk:
         terms = {
             name: {k: v for k, v in term.items() if k != "weight"}
             for name, term in node.config.get("objective", {}).items()
-            if float(term.get("weight", 1))
+            if weighs(term.get("weight", 1))
         }
         return canonical(["speed", node.document["stage"], config, fit, _without_numbers(terms), sorted(node.inputs)])
 
@@ -372,6 +389,14 @@ def _memory(peak: int, run: Run) -> Check:
         whole, where = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine"
     state = WARN if peak > 0.9 * whole else OK
     return Check(state, "memory", f"{size_text(peak)} at most, {where} has {size_text(whole)}")
+
+
+def _of(role: str, check: Check) -> Check:
+    """A check under the name of one of several teachers."""
+    if role == "teacher":
+        return check
+    named = check.name.replace("teacher", role)
+    return check._replace(name=named if role in named else f"{role}: {check.name}")
 
 
 def _still(data: Mapping[str, Any]) -> str:

@@ -38,6 +38,10 @@ class MeanLogits(nn.Module):
         super().__init__()
         self.loss = loss
 
+    def bind(self, student_shape: Any, teacher_shapes: Sequence[Any], *others: Any) -> None:
+        """Let the loss make its parts."""
+        _bind(self.loss, student_shape, teacher_shapes, *others)
+
     def at(self, epoch: float, epochs: int) -> None:
         """Pass on where training stands."""
         _tell(self.loss, epoch, epochs)
@@ -72,6 +76,10 @@ class MeanProbabilities(nn.Module):
     ) -> None:
         super().__init__()
         self.loss, self.weights, self.temperature = loss, _weights(weights), _own(temperature)
+
+    def bind(self, student_shape: Any, teacher_shapes: Sequence[Any], *others: Any) -> None:
+        """Let the loss make its parts."""
+        _bind(self.loss, student_shape, teacher_shapes, *others)
 
     def at(self, epoch: float, epochs: int) -> None:
         """Pass on where training stands."""
@@ -108,6 +116,10 @@ class ByConfidence(nn.Module):
         super().__init__()
         self.loss, self.temperature = loss, _own(temperature)
 
+    def bind(self, student_shape: Any, teacher_shapes: Sequence[Any], *others: Any) -> None:
+        """Let the loss make its parts."""
+        _bind(self.loss, student_shape, teacher_shapes, *others)
+
     def at(self, epoch: float, epochs: int) -> None:
         """Pass on where training stands."""
         _tell(self.loss, epoch, epochs)
@@ -138,6 +150,10 @@ class ByCrossEntropy(nn.Module):
     def __init__(self, loss: nn.Module, temperature: float | None = None) -> None:
         super().__init__()
         self.loss, self.temperature = loss, _own(temperature)
+
+    def bind(self, student_shape: Any, teacher_shapes: Sequence[Any], *others: Any) -> None:
+        """Let the loss make its parts."""
+        _bind(self.loss, student_shape, teacher_shapes, *others)
 
     def at(self, epoch: float, epochs: int) -> None:
         """Pass on where training stands."""
@@ -196,6 +212,7 @@ class Gate(nn.Module):
         if self.scores is None:
             self.scores = nn.Linear(shape[1], len(teacher_shapes), bias=False)
             nn.init.zeros_(self.scores.weight)
+        _bind(self.loss, student_shape, teacher_shapes)
 
     def at(self, epoch: float, epochs: int) -> None:
         """Pass on where training stands."""
@@ -227,15 +244,14 @@ class Gate(nn.Module):
 class RandomChoice(nn.Module):
     """A loss against one of the teachers, drawn anew for each step.
 
-    The draw is a function of the seed and of where training stands: a resumed run draws as if it had not stopped. The
-    teachers that are not drawn are not asked.
+    The draw is a function of the training's seed (`draws_from`) and of where it stands: a resumed run draws as if it
+    had not stopped. The teachers that are not drawn are not asked.
 
     Fukuda et al., "Efficient Knowledge Distillation from an Ensemble of Teachers" (2017), there too a teacher for
     each minibatch.
 
     Args:
         loss: called as `loss(student=…, teacher=…)`, with the `target=…` that it takes.
-        seed: of the draws.
 
     >>> import torch
     >>> from kd.losses.logits import LogitMSE
@@ -249,11 +265,17 @@ class RandomChoice(nn.Module):
     [0] tensor(1.)
     """
 
-    extra_repr = checks.shown("seed")
-
-    def __init__(self, loss: nn.Module, seed: int = 0) -> None:
+    def __init__(self, loss: nn.Module) -> None:
         super().__init__()
-        self.loss, self.seed, self.position = loss, _seed(seed), 0.0
+        self.loss, self.seed, self.position = loss, 0, 0.0
+
+    def draws_from(self, seed: int) -> None:
+        """Take the seed of the draws."""
+        self.seed = seed
+
+    def bind(self, student_shape: Any, teacher_shapes: Sequence[Any], *others: Any) -> None:
+        """Let the loss make its parts."""
+        _bind(self.loss, student_shape, teacher_shapes, *others)
 
     def at(self, epoch: float, epochs: int) -> None:
         """Draw for where training stands."""
@@ -276,7 +298,7 @@ class Each(nn.Module):
     """A loss against each of the teachers, for any view of theirs: the mean, or the sum, over those of this step.
 
     Each teacher has its own copy of the loss, and so of what that trains. With `drop`, some teachers are left out of
-    each step; the draw is a function of the seed and of where training stands, and those left out are not asked.
+    each step, drawn as in `RandomChoice`, and are not asked.
 
     Son et al., "Densely Guided Knowledge Distillation using Multiple Teacher Assistants" (2021); wonchulSon/DGKD,
     train.py, which sums (`reduce="sum"`) and leaves one out (`drop=1`).
@@ -285,8 +307,6 @@ class Each(nn.Module):
         loss: called as `loss(student=…, teacher=…)`, with what else it takes.
         reduce: `mean` or `sum`, over the teachers of a step.
         drop: how many teachers are left out of a step; one always stays.
-        seed: of the draws.
-        views: how many views of each teacher's the loss is given, as a list; None: one, as it is.
 
     Raises:
         InputError: if a field is out of its range.
@@ -299,29 +319,29 @@ class Each(nn.Module):
     tensor(2.5000)
     """
 
-    extra_repr = checks.shown("reduce", "drop", "seed")
+    extra_repr = checks.shown("reduce", "drop")
 
-    def __init__(
-        self, loss: nn.Module, reduce: str = "mean", drop: int = 0, seed: int = 0, views: int | None = None
-    ) -> None:
+    def __init__(self, loss: nn.Module, reduce: str = "mean", drop: int = 0) -> None:
         super().__init__()
         if reduce not in ("mean", "sum"):
             raise InputError(f"reduce is {reduce!r}; it must be 'mean' or 'sum'")
         if not (isinstance(drop, int) and not isinstance(drop, bool) and drop >= 0):
             raise InputError(f"drop is {drop!r}; it must be a whole number of teachers, 0 or more")
-        self.reduce, self.drop, self.seed, self.views = reduce, drop, _seed(seed), views
+        self.reduce, self.drop = reduce, drop
         self.loss = nn.ModuleList([loss])  # a copy for each teacher, once they are known
-        self.position = 0.0
+        self.seed, self.position = 0, 0.0
+
+    def draws_from(self, seed: int) -> None:
+        """Take the seed of the draws."""
+        self.seed = seed
 
     def bind(self, student_shape: Any, teacher_shapes: Sequence[Any], *others: Any) -> None:
         """Make a copy of the loss for each teacher, and let each make its own parts; a second time it does nothing."""
         if len(self.loss) > 1:
             return
-        each = self._grouped(teacher_shapes)
-        self.loss.extend(copy.deepcopy(self.loss[0]) for _ in each[1:])
-        for loss, shape in zip(self.loss, each, strict=True):
-            if callable(bind := getattr(loss, "bind", None)):
-                bind(student_shape, shape, *others)
+        self.loss.extend(copy.deepcopy(self.loss[0]) for _ in teacher_shapes[1:])
+        for loss, shape in zip(self.loss, teacher_shapes, strict=True):
+            _bind(loss, student_shape, [shape], *others)
 
     def at(self, epoch: float, epochs: int) -> None:
         """Draw for where training stands, and pass it on."""
@@ -330,9 +350,9 @@ class Each(nn.Module):
             _tell(loss, epoch, epochs)
 
     def heard(self, count: int) -> list[int]:
-        """Which of ``count`` views this step asks for."""
-        per = self.views or 1
-        return [index * per + view for index in self._kept(count // per) for view in range(per)]
+        """Which of ``count`` teachers this step asks."""
+        take = max(1, count - self.drop)
+        return drawn(self.seed, self.position, count, take) if take < count else list(range(count))
 
     def forward(self, student: Any, teacher: Sequence[Tensor | None] | Tensor, **others: Any) -> Tensor:
         """The scalar for what the loss takes of the student, and a list of the teachers' views, None where dropped.
@@ -340,22 +360,13 @@ class Each(nn.Module):
         Raises:
             InputError: if `bind` was not called, or for other teachers.
         """
-        each = self._grouped([teacher] if isinstance(teacher, Tensor) else list(teacher))
+        each = [teacher] if isinstance(teacher, Tensor) else list(teacher)
         if len(self.loss) != len(each):
             raise InputError(f"{len(self.loss)} losses meet {len(each)} teachers; call bind(student, teachers) first")
-        kept = self._kept(len(each))
+        kept = self.heard(len(each))
         parts = [_against(self.loss[i], student, each[i], others) for i in kept]
         total = sum(parts[1:], start=parts[0])
         return total / len(kept) if self.reduce == "mean" else total
-
-    def _kept(self, count: int) -> list[int]:
-        take = max(1, count - self.drop)
-        return drawn(self.seed, self.position, count, take) if take < count else list(range(count))
-
-    def _grouped(self, views: Sequence[Any]) -> list[Any]:
-        if self.views is None:
-            return list(views)
-        return [list(views[i : i + self.views]) for i in range(0, len(views), self.views)]
 
 
 def _listed(student: Tensor, teacher: Teachers) -> list[Tensor]:
@@ -373,6 +384,12 @@ def _against(loss: nn.Module, student: Any, teacher: Any, others: dict[str, Any]
         student=student, teacher=teacher, **{name: view for name, view in others.items() if open_ or name in names}
     )
     return found
+
+
+def _bind(loss: nn.Module, student_shape: Any, teacher_shapes: Sequence[Any], *others: Any) -> None:
+    """Tell a loss that asks for them the shapes of its views; a mix has that of any of the teachers."""
+    if callable(bind := getattr(loss, "bind", None)):
+        bind(student_shape, teacher_shapes[0], *others)
 
 
 def _tell(loss: nn.Module, epoch: float, epochs: int) -> None:
@@ -403,9 +420,3 @@ def _as_many(weights: list[float], count: int) -> list[float]:
     if len(weights) != count:
         raise InputError(f"there are {len(weights)} weights and {count} teachers; give one for each")
     return weights
-
-
-def _seed(seed: int) -> int:
-    if not (isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0):
-        raise InputError(f"seed is {seed!r}; it must be a whole number, 0 or more")
-    return seed

@@ -69,7 +69,8 @@ def check(plans: list[Plan], store: Store, run: Run, tell: Tell = lambda event: 
             if artifact is None and shape not in seen:
                 seen.add(shape)
                 stages[node.key].check(
-                    inputs, Room(run, store.work(node.key), tell=told, company=company, planned=planned)
+                    inputs,
+                    Room(run, store.work(node.key), stage=node.name, tell=told, company=company, planned=planned),
                 )
 
 
@@ -153,7 +154,7 @@ def make(
         made_of = {role: artifact.card["files"] for role, artifact in inputs.items()}
         maker = {"code": code_print()["digest"], "inputs": made_of, **{n: environment[n] for n in NUMERIC}}
         _same_maker(work, maker, tell)
-        dials = plan.dials if node is plan.nodes[-1] else {}
+        dials = plan.dials if node is plan.nodes[-1] else node.dials
         ready: list[float] = []
 
         def told(event: dict[str, Any]) -> None:

@@ -5,17 +5,22 @@ A template stands among a pipeline's stages under its own name:
     assistant:
       for_each: ${assistants}        # a list, or a mapping of names to items
       start: teacher                 # what stands before the first item
-      stage:                         # or `stages`, a mapping of names, for several an item
-        _target_: kd.stages.Distil
-        inputs: {teacher: "@previous"}
-        student: "@model"
+      end: net                       # of several stages: the one that stands for the item, and has its name alone
+      stages:                        # or `stage`, for one an item
+        net: {_target_: kd.stages.Distil, inputs: {teacher: "@before", labels: "@before_labels"}, student: "@model"}
+        labels: {_target_: kd.stages.SoftLabels, inputs: {teacher: "@previous"}}
 
 Each string that is a token as a whole is replaced: `@item` by the item, `@model` by the item as a model (a name alone
-is one), `@index` by 1, 2, …, `@name` by the item's name, `@previous` by the stage before (that of the item before, or
-`start`). A mapping with `_from_: token` gives the token's mapping with the other entries laid over it. Among inputs
-a role that ends in `*` takes several: `"teacher*": "@earlier"` names all that stand before in the template, `start`
-first, as `teacher1`, `teacher2`, …; `"teacher*": "assistant*"`, in any later stage, all that the template made. A later
-stage that names the template itself as an input gets its last stage; of an empty list, `start`.
+is one), `@index` by 1, 2, …, `@name` by the item's name, `@before` by what stands for the item before (or `start`),
+`@previous` by the stage before, `@before_labels` by the stage of that name beside `@before`. A mapping with
+`_from_: token` gives the token's mapping with the other entries laid over it; of several, each over those before.
+An item `{name: …, with: {seed: 1}}` lays fields over the stage that stands for it.
+
+Among inputs a role that ends in `*` takes several, as `teacher1`, `teacher2`, …: `"teacher*": "@earlier"` names what
+stands for the items before, `start` first, and `"labels*": "@earlier_labels"` the stages beside these; in any later
+stage `"teacher*": [teacher, "assistant*"]` and `"labels*": [teacher_labels, "assistant*_labels"]`. A later stage that
+names the template itself as an input gets what stands for its last item, or `start` where its list is empty;
+`assistant_labels` is the stage beside that.
 
 A template with `choices` is a chain of steps by name: see `kd.pipeline.steps`.
 """
@@ -23,14 +28,27 @@ A template with `choices` is a chain of steps by name: see `kd.pipeline.steps`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from kd.errors import InputError, offer
 from kd.pipeline.steps import steps
 
 MODEL = {"_target_": "kd.models.create", "name": "", "pretrained": False, "stages": None, "options": {}}
-FIELDS = ("for_each", "start", "stage", "stages")
-TOKENS = ("@item", "@model", "@index", "@name", "@previous", "@earlier")
+FIELDS = ("for_each", "start", "end", "stage", "stages")
+TOKENS = ("@item", "@model", "@index", "@name", "@before", "@previous", "@earlier")
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What a template has made: what stood before it, and what stands for each item."""
+
+    start: str | None
+    ends: list[str]
+
+    @property
+    def last(self) -> str | None:
+        return self.ends[-1] if self.ends else self.start
 
 
 def expand(stages: Mapping[str, Any], where: str = "pipeline.stages") -> dict[str, Any]:
@@ -53,46 +71,41 @@ def expand(stages: Mapping[str, Any], where: str = "pipeline.stages") -> dict[st
     last {'inputs': {'from': 'more2'}}
     """
     made: dict[str, Any] = {}
-    own: list[str]
-    known: dict[str, tuple[str | None, list[str]]] = {}  # template: its last stage, and all of them
+    known: dict[str, _Made] = {}
     for name, stage in stages.items():
+        here = f"{where}.{name}"
         if not (isinstance(stage, Mapping) and "for_each" in stage):
-            _add(made, name, _linked(stage, known, f"{where}.{name}"), where)
+            _add(made, name, _linked(stage, known, made, here), where)
             continue
+        start = stage.get("start")
+        start = known[start].last if isinstance(start, str) and start in known else start
+        known[name] = _Made(start, [])
         if "choices" in stage:
-            start = str(stage.get("start"))
-            start = known[start][0] or start if start in known else start
-            own = []
-            for full, one in steps({**stage, "start": start}, made, f"{where}.{name}"):
+            for full, one in steps({**stage, "start": start}, made, here):
                 _add(made, full, one, where)
-                own.append(full)
-            known[name] = (own[-1] if own else start, own)
+                known[name].ends.append(full)
             continue
-        _check(stage, f"{where}.{name}")
-        first = stage.get("start")
-        if isinstance(first, str) and first in known:
-            first = known[first][0]
-        own = []
-        ends = [first] if first else []
+        _check(stage, here)
+        many = stage.get("stages") or {"": stage["stage"]}
         for index, (label, item) in enumerate(_items(stage["for_each"], name), 1):
-            many = stage.get("stages") or {"": stage["stage"]}
+            own, over = _parted(item)
             last = None
             for suffix, template in many.items():
-                full = f"{label}_{suffix}" if suffix else label
-                before = last or (ends[-1] if ends else None)
+                full = f"{label}_{suffix}" if suffix and suffix != stage.get("end") else label
                 tokens = {
-                    "@item": item,
-                    "@model": _model(item),
+                    "@item": own,
+                    "@model": _model(own),
                     "@index": index,
                     "@name": label,
-                    "@previous": before,
+                    "@before": known[name].last,
+                    "@previous": last or known[name].last,
                 }
-                written = _written(template, tokens, f"{where}.{name}")
-                _add(made, full, _linked(written, known, f"{where}.{name}", ends), where)
-                own.append(full)
+                written = _written(template, tokens, here)
+                if over and suffix == stage.get("end", list(many)[-1]):
+                    written = _laid(written, over)
+                _add(made, full, _linked(written, known, made, here, known[name]), where)
                 last = full
-            ends.append(str(last))
-        known[name] = (ends[-1] if ends else None, own)
+            known[name].ends.append(label if "end" in stage else str(last))
     return made
 
 
@@ -101,6 +114,20 @@ def _items(node: Any, name: str) -> list[tuple[str, Any]]:
     if isinstance(node, Mapping):
         return [(str(key), value) for key, value in node.items()]
     return [(f"{name}{index}", value) for index, value in enumerate(node, 1)]
+
+
+def _parted(item: Any) -> tuple[Any, Mapping[str, Any] | None]:
+    """An item, and what it lays over its stage."""
+    if not (isinstance(item, Mapping) and isinstance(item.get("with"), Mapping)):
+        return item, None
+    return {key: value for key, value in item.items() if key != "with"}, item["with"]
+
+
+def _laid(base: Any, over: Any) -> Any:
+    """A mapping with another's entries in it, mappings among them again."""
+    if not (isinstance(base, Mapping) and isinstance(over, Mapping)) or "_target_" in over:
+        return over
+    return {**base, **{key: _laid(base.get(key), value) for key, value in over.items()}}
 
 
 def _model(item: Any) -> Any:
@@ -116,6 +143,8 @@ def _check(stage: Mapping[str, Any], where: str) -> None:
     if isinstance(stage["for_each"], str) or not isinstance(stage["for_each"], Sequence | Mapping):
         raise InputError(f"{where}.for_each={stage['for_each']!r} is no list; write one, e.g. [resnet34,resnet18]")
     one, many = stage.get("stage"), stage.get("stages")
+    if "end" in stage and not (isinstance(many, Mapping) and stage["end"] in many):
+        raise InputError(f"{where}.end={stage['end']!r} is none of its stages{offer(str(stage['end']), many or ())}")
     if isinstance(one, Mapping) == isinstance(many, Mapping):
         raise InputError(f"{where} must hold `stage` (one for each item) or `stages` (several by name), and not both")
 
@@ -132,10 +161,13 @@ def _written(node: Any, tokens: Mapping[str, Any], where: str) -> Any:
         laid = {key: _written(value, tokens, where) for key, value in node.items() if key != "_from_"}
         if "_from_" not in node:
             return laid
-        base = _written(node["_from_"], tokens, where)
-        if not isinstance(base, Mapping):
-            raise InputError(f"{where}: _from_ gives {base!r}, which is no mapping to start from")
-        return {**base, **laid}
+        bases = _written(node["_from_"], tokens, where)
+        whole: dict[str, Any] = {}
+        for base in bases if isinstance(bases, list) else [bases]:
+            if not isinstance(base, Mapping):
+                raise InputError(f"{where}: _from_ gives {base!r}, which is no mapping to start from")
+            whole |= base
+        return {**whole, **laid}
     if isinstance(node, list):
         return [_written(value, tokens, where) for value in node]
     if isinstance(node, str) and node in tokens:
@@ -144,13 +176,17 @@ def _written(node: Any, tokens: Mapping[str, Any], where: str) -> Any:
         if tokens[node] is None:
             raise InputError(f"{where}: {node} names nothing at the first item; give the template a start")
         return tokens[node]
-    if isinstance(node, str) and node.startswith("@") and node not in TOKENS:
-        raise InputError(f"{where}: {node} is no token{offer(node, TOKENS)}")
+    if isinstance(node, str) and node.startswith("@"):
+        token, _, suffix = node.partition("_")
+        if token == "@before" and suffix:
+            return f"{_written(token, tokens, where)}_{suffix}"
+        if token != "@earlier":
+            raise InputError(f"{where}: {node} is no token{offer(node, TOKENS)}")
     return node
 
 
 def _linked(
-    stage: Any, known: Mapping[str, tuple[str | None, list[str]]], where: str, earlier: Sequence[str] | None = None
+    stage: Any, known: Mapping[str, _Made], made: Mapping[str, Any], where: str, own: _Made | None = None
 ) -> Any:
     """The stage with its inputs named one by one."""
     inputs = stage.get("inputs") if isinstance(stage, Mapping) else None
@@ -159,23 +195,45 @@ def _linked(
     found: dict[str, Any] = {}
     for role, source in inputs.items():
         if not str(role).endswith("*"):
-            if source in known:
-                last = known[source][0]
-                if last is None:
-                    raise InputError(f"{where}.inputs.{role}={source!r} made no stage: its list is empty")
-                source = last
-            found[role] = source
+            found[role] = _one(source, known, made, f"{where}.inputs.{role}")
             continue
-        if source == "@earlier" and earlier is not None:
-            names = list(earlier)
-        elif isinstance(source, str) and source.removesuffix("*") in known and source.endswith("*"):
-            names = known[source.removesuffix("*")][1]
-        elif isinstance(source, list):
-            names = source
-        else:
+        names: list[Any] = []
+        for entry in source if isinstance(source, list) else [source]:
+            names += _several(entry, known, own, f"{where}.inputs.{role}", isinstance(source, list))
+        if not names:
             raise InputError(
-                f"{where}.inputs.{role}={source!r}: several inputs are a list of stages, 'TEMPLATE*', or inside a "
-                "template '@earlier'"
+                f"{where}.inputs.{role}={source!r} names no stage: its list is empty; name a model or more"
             )
         found |= {f"{role[:-1]}{index}": name for index, name in enumerate(names, 1)}
     return {**stage, "inputs": found}
+
+
+def _one(source: Any, known: Mapping[str, _Made], made: Mapping[str, Any], where: str) -> Any:
+    """A stage's name as it is, or what a template's stands for: its last item, or the stage beside that."""
+    name, _, suffix = (source, "", "") if source in known else str(source).rpartition("_")
+    if source in made or name not in known:
+        return source
+    last = known[name].last
+    if last is None:
+        raise InputError(f"{where}={source!r} made no stage: its list is empty")
+    return f"{last}_{suffix}" if suffix else last
+
+
+def _several(entry: Any, known: Mapping[str, _Made], own: _Made | None, where: str, listed: bool) -> list[Any]:
+    """The names that one entry of several inputs stands for."""
+    text = str(entry)
+    token, _, suffix = text.partition("_")
+    ends: list[str] | None = None
+    if token == "@earlier" and own is not None:
+        ends = [*([own.start] if own.start else []), *own.ends]
+    else:
+        template, star, rest = text.partition("*")
+        if star and template in known and (not rest or rest.startswith("_")):
+            ends, suffix = known[template].ends, rest[1:]
+    if ends is not None:
+        return [f"{name}_{suffix}" if suffix else name for name in ends]
+    if not listed or not isinstance(entry, str) or "*" in entry or entry.startswith("@"):
+        raise InputError(
+            f"{where}={entry!r}: several inputs are a list of stages, 'TEMPLATE*', or inside a template '@earlier'"
+        )
+    return [entry]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from kd.errors import InputError, nearest
 from kd.instantiate import check_target, instantiate, resolve, signature_errors, targets
+from kd.roles import teachers
 from kd.schedules import is_schedule, schedule_of
 from kd.stages.labels import too_small
 from kd.store import Store, digest, document, plain, short, with_neutral
@@ -25,6 +26,7 @@ class Node:
     document: dict[str, Any]
     inputs: dict[str, str]
     unused: dict[str, str]
+    dials: dict[str, Any] = field(default_factory=dict)  # of a stage before the last that hears a teacher
 
     @property
     def config(self) -> dict[str, Any]:
@@ -110,6 +112,8 @@ def plan(config: Mapping[str, Any], overrides: tuple[str, ...] = ()) -> Plan:
             )
         for role, source in inputs.items():
             if source not in made:
+                if ring := cycle(stages, name):
+                    raise InputError(f"{where} reads itself: {' <- '.join(ring)}; a pipeline has no cycles")
                 later = " (it stands later)" if source in stages else nearest(str(source), stages)
                 raise InputError(f"{where}.inputs.{role}={source!r} is no stage before it{later}")
         if "model" in inputs:
@@ -117,21 +121,67 @@ def plan(config: Mapping[str, Any], overrides: tuple[str, ...] = ()) -> Plan:
         if "data" in body:
             body["data"] = _with_digest(plain(body["data"], f"{where}.data"), run)
         if body.get("fit") is not None:
-            place = "teacher_fit" if name == "teacher" else f"{_step(name)}.fit" if "model" in inputs else "fit"
+            place = f"{_step(name)}.fit" if "model" in inputs else "fit"
+            place = {"teacher": "teacher_fit", "assistant": "assistant_fit"}.get(name.rstrip("0123456789"), place)
             body["fit"] = _fit(body["fit"], place)
         body = plain(body, where)
+        _agree(where, body, {role: made[inputs[role]] for role in teachers(inputs)})
         unused = kind.unused(body, {role: made[source].config for role, source in inputs.items()})
         body = kind.settled(body)
         kept = {role: source for role, source in inputs.items() if role not in unused}
         keys = {role: made[source].key for role, source in kept.items()}
         text = document(check_target(subtree["_target_"]), kind.VERSION, body, keys, kind.SINCE)
-        made[name] = Node(name, digest(text), text, keys, unused)
+        dials = _dials(config, body) if "objective" in body and teachers(inputs) else {}
+        made[name] = Node(name, digest(text), text, keys, unused, {**dials, "seed": body.get("seed")} if dials else {})
     return Plan(
         nodes=_needed(made),
         pipeline=str(config["pipeline"].get("name", "")),
         dials=_dials(config, list(made.values())[-1].config),
         overrides=overrides,
     )
+
+
+def cycle(stages: Mapping[str, Any], name: str) -> list[str]:
+    """The way from a stage back to itself over what it reads; empty if there is none.
+
+    >>> cycle({"a": {"inputs": {"teacher": "b"}}, "b": {"inputs": {"teacher": "a"}}}, "a")
+    ['a', 'b', 'a']
+    """
+    ways = [[name]]
+    seen: set[str] = set()
+    while ways:
+        way = ways.pop()
+        inputs = stages[way[-1]].get("inputs") if way[-1] in stages else None
+        for source in inputs.values() if isinstance(inputs, dict) else ():
+            if source == name:
+                return [*way, name]
+            if source not in seen:
+                seen.add(source)
+                ways.append([*way, source])
+    return []
+
+
+def _agree(where: str, body: Mapping[str, Any], heard: Mapping[str, Node]) -> None:
+    """Refuse teachers of other classes than the student's, or one that is there twice.
+
+    Raises:
+        InputError: naming both.
+    """
+    mine = body.get("data", {}).get("num_classes")
+    keys: dict[str, str] = {}
+    for role, node in heard.items():
+        theirs = node.config.get("data", {}).get("num_classes")
+        if None not in (mine, theirs) and mine != theirs:
+            raise InputError(
+                f"{where}.inputs.{role}={node.name!r} knows {theirs} classes and the student learns {mine}; a teacher "
+                "must know the same ones"
+            )
+        if node.key in keys:
+            raise InputError(
+                f"{where}: {keys[node.key]} and {node.name} are one and the same network; give one of them another "
+                "seed, e.g. {name: …, with: {seed: 1}}"
+            )
+        keys[node.key] = node.name
 
 
 PHASES = ("structure", "numbers", "file")
@@ -154,12 +204,20 @@ def in_order(where: str, kind: Any, before: Any) -> None:
 def _dials(config: Mapping[str, Any], last: Mapping[str, Any]) -> dict[str, Any]:
     """The dials as the run uses them: a temperature set inside a term beats the dial, two of them make it unsaid."""
     dials = {name: config[name] for name in ("temperature", "alpha", "seed") if name in config}
-    losses = [term.get("loss", {}) for term in last.get("objective", {}).values() if isinstance(term, dict)]
-    used = {_said(loss["temperature"]) for loss in losses if isinstance(loss, dict) and "temperature" in loss}
+    used = {_said(value) for term in last.get("objective", {}).values() for value in _temperatures(term)}
     dials = {name: _said(value) for name, value in dials.items()}
     if used:
         dials["temperature"] = used.pop() if len(used) == 1 else None
     return {name: value for name, value in dials.items() if value is not None}
+
+
+def _temperatures(node: Any) -> list[Any]:
+    """Those of a term's loss, and of the losses inside it."""
+    loss = node.get("loss") if isinstance(node, dict) else None
+    if not isinstance(loss, dict):
+        return []
+    own = [loss["temperature"]] if loss.get("temperature") is not None else []
+    return [*own, *_temperatures(loss)]
 
 
 def _said(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from kd.stages.base import Room, Stage
 from kd.stages.circle import Circle
+from kd.stages.compare import Compare
 from kd.stages.compress import FineTune, LowRank, Prune
 from kd.stages.fingerprints import code_print, environment_print
 from kd.stages.image import Distil, Train
@@ -11,6 +12,7 @@ from kd.stages.quantize import Quantize
 
 __all__ = [
     "Circle",
+    "Compare",
     "Distil",
     "FineTune",
     "LowRank",

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from kd.roles import by_role, labels_of, teachers
 from kd.stages.base import Config, Room
 from kd.stages.building import build_objective
 from kd.stages.splits import taken
@@ -14,7 +15,7 @@ from kd.training.settings import Fit
 
 if TYPE_CHECKING:
     from kd.data import Split, Splits
-    from kd.data.labels import StoredLabels
+    from kd.data.several import Labels
     from kd.models import Normalised
     from kd.training.module import Distiller
 
@@ -30,8 +31,8 @@ class Assembly(Generic[Module]):
         module: student, teacher and objective; or a circle of networks that learn together.
         fit: the schedule.
         split: the samples to learn from.
-        labels: what the teacher said of them before, where that is stored.
-        teacher: as it was loaded, whether or not a term hears it.
+        labels: what the teachers said of them before, where that is stored.
+        teachers: the others as they were loaded, by role, whether or not a term hears them.
         views: views of a sample before the first comes again; None: another in each epoch.
         view_seed: of the views, if there are some.
         bindings: what the terms are bound to, a line each.
@@ -40,8 +41,8 @@ class Assembly(Generic[Module]):
     module: Module
     fit: Fit
     split: Split
-    labels: StoredLabels | None
-    teacher: Normalised | None
+    labels: Labels | None
+    teachers: Mapping[str, Normalised]
     views: int | None
     view_seed: int | None
     bindings: tuple[str, ...] = ()
@@ -67,17 +68,17 @@ def assemble(
     inputs: Mapping[str, Artifact],
     splits: Splits,
     room: Room,
-    teacher: Normalised | None = None,
+    given: Normalised | Mapping[str, Normalised] | None = None,
 ) -> Assembly[Distiller]:
     """Put a stage's training together; the terms' own parts are drawn from the stage's seed.
 
     Args:
         stage: with ``objective``, ``fit``, ``data`` and ``seed``.
         student: as it is built.
-        inputs: the artifacts by role; with ``labels`` no teacher is asked.
+        inputs: the artifacts by role; a teacher with ``labels`` is not asked.
         splits: of the data.
         room: where it happens.
-        teacher: stands in for ``inputs["teacher"]``.
+        given: stand in for ``inputs["teacher"]``, or for several teachers by role.
 
     Raises:
         InputError: if the terms cannot be bound.
@@ -91,57 +92,57 @@ def assemble(
     seed_all(stage.seed, "objective")
     objective = build_objective(stage.objective, room)
     split = room.once(("samples", id(splits), fit.samples, stage.seed), lambda: taken(splits, fit.samples, stage.seed))
+    objective.draws_from(stage.seed)
+    stored = {role: inputs[labels_of(role)] for role in teachers(inputs) if labels_of(role) in inputs}
     labels = None
-    if "labels" in inputs:
-        labels = room.once(
-            ("labels", inputs["labels"].key, id(split)),
-            lambda: stored_labels(inputs["labels"], split, len(splits.classes)),
-        )
-        teacher = None
-    elif teacher is None and "teacher" in inputs:
-        teacher = load(inputs["teacher"].path)
-    bindings = _bind(
-        objective, student, teacher, stage.data, labels, len(split), getattr(stage, "teacher_stages", None)
-    )
+    if stored:
+        keys = tuple(artifact.key for artifact in stored.values())
+        labels = room.once(("labels", keys, id(split)), lambda: stored_labels(stored, split, len(splits.classes)))
+    live = {role: net for role, net in by_role(given).items() if role not in stored}
+    live |= {r: load(inputs[r].path) for r in teachers(inputs) if r not in stored and r not in live}
+    bindings = _bind(objective, student, live, stage.data, labels, len(split), getattr(stage, "teacher_stages", None))
     module = Distiller(
         student,
         objective,
         configure(fit, steps_of(fit, len(split))),
-        teacher,
-        stored=labels is not None,
+        live,
+        stored=tuple(stored),
         channels_last=fit.channels_last,
     )
     views, view_seed = (getattr(stage, name, None) for name in ("views", "view_seed"))
-    return Assembly(module, fit, split, labels, teacher, views, view_seed, tuple(bindings))
+    return Assembly(module, fit, split, labels, live, views, view_seed, tuple(bindings))
 
 
 def _bind(
     objective: Any,
     student: Normalised,
-    teacher: Normalised | None,
+    live: Mapping[str, Normalised],
     data: Config,
-    labels: StoredLabels | None,
+    labels: Labels | None,
     samples: int,
     teacher_stages: Sequence[str] | None,
 ) -> list[str]:
     import torch
 
-    from kd.stages.bindings import bind
+    from kd.stages.bindings import bind_sides
 
-    if labels is None:
-        return bind(objective, student, teacher, data, samples=samples, teacher_stages=teacher_stages)
     # On the CPU still: ranks are forked later, and a process that has touched CUDA cannot be forked.
-    two = labels.at(0, torch.arange(2, device=labels.device))
-    return bind(objective, student, None, data, {name: value.cpu() for name, value in two.items()}, samples)
+    two = {} if labels is None else labels.at(0, torch.arange(2, device=labels.device))
+    kept = {name: value.cpu() for name, value in two.items()}
+    return bind_sides(objective, {"student": student, **live}, data, kept, samples, {"teacher": teacher_stages})
 
 
-def stored_labels(artifact: Artifact, split: Split, classes: int) -> StoredLabels:
-    """The labels in an artifact, for the samples of a split.
+def stored_labels(artifacts: Mapping[str, Artifact], split: Split, classes: int) -> Labels:
+    """The labels in artifacts, by the role of the teacher that they are of, for the samples of a split.
 
     Raises:
         KDError: if they are of other samples.
     """
     from kd.data.labels import StoredLabels
+    from kd.data.several import SeveralLabels
 
-    views = artifact.card["document"]["config"].get("views")
-    return StoredLabels.open(artifact.path, split.ids.cpu(), classes, views)
+    ids, found = split.ids.cpu(), {}
+    for role, artifact in artifacts.items():
+        views = artifact.card["document"]["config"].get("views")
+        found[role] = StoredLabels.open(artifact.path, ids, classes, views)
+    return found["teacher"] if list(found) == ["teacher"] else SeveralLabels(found)

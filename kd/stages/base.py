@@ -65,7 +65,7 @@ class Room:
             return load(source.path)
         if not hasattr(source, "stand_in"):
             raise InputError(f"{type(source).__name__} makes no network; name a stage that trains or compresses one")
-        made: Normalised = source.stand_in(self.planned[id(source)][1], self)
+        made: Normalised = source.stand_in(self.planned.get(id(source), (source, {}))[1], self)
         return made
 
     @property

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kd.errors import InputError
+from kd.roles import by_role
 from kd.stages.assembly import Assembly, steps_of
 from kd.stages.base import Config, Room, Stage
 from kd.stages.bindings import bind_sides
@@ -136,7 +137,7 @@ class Circle:
         def more() -> dict[str, Any]:
             return told(others, inputs, splits, self.data, room)
 
-        made = Assembly(circle, fit, split, None, teacher, None, None, tuple(said))
+        made = Assembly(circle, fit, split, None, by_role(teacher), None, None, tuple(said))
         card = trained(self, made, inputs, splits, out, room, recipe(self.student, self.data, splits), more=more)
         configs = {f"peer{index}": model for index, model in enumerate(self.peers, 1)}
         for name, net in others.items():

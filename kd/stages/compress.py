@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kd.errors import InputError
+from kd.roles import teachers
 from kd.stages.base import Config, Room, Stage
 from kd.stages.image import FIT_SINCE, Distil
 from kd.store import Artifact
@@ -269,8 +270,8 @@ class FineTune:
         from kd.stages.image import rehearse
 
         student = room.stand_in(inputs["model"])
-        teacher = room.stand_in(inputs["teacher"]) if "teacher" in inputs else None
-        rehearse(self.data, student, teacher, self.objective, self.fit, room)
+        heard = {role: room.stand_in(inputs[role]) for role in teachers(inputs)}
+        rehearse(self.data, student, heard, self.objective, self.fit, room)
 
     def stand_in(self, inputs: Mapping[str, Stage | Artifact], room: Room) -> Normalised:
         """The network as it came."""
@@ -318,7 +319,7 @@ def _compressed(
 
     from kd.compress.measure import cost
     from kd.models import load, recipe_of, save, weights_digest
-    from kd.stages.evaluation import CHOSEN, evaluated, peer_of
+    from kd.stages.evaluation import CHOSEN, evaluated, peers_of
     from kd.stages.splits import data_print, load_data
     from kd.training.loggers import loggers, summarise
 
@@ -333,7 +334,7 @@ def _compressed(
     with loggers(
         room.run, key=room.key, stage=room.stage, document=room.document, dials=room.dials, sweep=room.sweep
     ) as sinks:
-        metrics, chosen = evaluated(net, peer_of({"teacher": model}, None, data), splits, data, room)
+        metrics, chosen = evaluated(net, peers_of({"teacher": model}, {}, data), splits, data, room)
         net = net.cpu().eval()
         costs = cost(net, (int(data["channels"]), int(data["size"]), int(data["size"])), latency=room.run.latency)
         summarise(sinks, {**metrics, **{f"cost/{name}": value for name, value in costs.items()}}, 0)

@@ -5,17 +5,20 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kd import names
+from kd.binding import each
 from kd.errors import InputError
+from kd.roles import plain, teachers
 from kd.schedules import weighs
 from kd.stages.assembly import Assembly, assemble
 from kd.stages.base import Config, Room, Stage
-from kd.stages.bindings import bind, reads_stages, views_of
+from kd.stages.bindings import bind_sides, reads_stages, views_of
 from kd.stages.building import build, build_objective
-from kd.stages.evaluation import CHOSEN, evaluated, peer_of
+from kd.stages.evaluation import CHOSEN, evaluated, peers_of
 from kd.stages.splits import data_print, load_data
 from kd.store import Artifact, canonical
 from kd.training.settings import HISTORY, Fit
@@ -64,7 +67,7 @@ class Train:
         Raises:
             InputError: if a term asks for a teacher, or something does not fit.
         """
-        objective = rehearse(self.data, self.model, None, self.objective, self.fit, room)
+        objective = rehearse(self.data, self.model, {}, self.objective, self.fit, room)
         if objective.needs_teacher:
             raise InputError("a stage without a teacher has a term that needs one; use pipeline=distil for it")
 
@@ -140,24 +143,33 @@ class Distil:
     @classmethod
     def unused(cls, config: Mapping[str, Any], inputs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         """Stored soft labels serve views that come again, and of these the logits and the features that were kept."""
-        heard = [term.get("teacher") for term in config["objective"].values() if weighs(term.get("weight", 1))]
-        teachers = {view for views in heard for view in ([views] if isinstance(views, str) else views or [])}
-        if not teachers - {names.EARLIER}:
-            found = {"labels": "no term of a weight above 0 hears the teacher"}
-            if teachers:
-                found["teacher"] = f"the student's own {names.EARLIER} take its place"
-            return {role: why for role, why in found.items() if role in inputs}
-        if "labels" not in inputs:
-            return {}
+        found = {
+            role: why for role in inputs if plain(role) == "labels" and (why := cls._deaf(config, inputs[role], role))
+        }
+        heard = [term for term in config["objective"].values() if weighs(term.get("weight", 1))]
+        if {view for term in heard for view in each(term.get("teacher") or [])} == {names.EARLIER}:
+            found |= {role: f"the student's own {names.EARLIER} take its place" for role in teachers(inputs)}
+        return found
+
+    @classmethod
+    def _deaf(cls, config: Mapping[str, Any], labels: Mapping[str, Any], role: str) -> str | None:
+        """Why one teacher's stored labels do not serve, if they do not."""
+        teacher = "teacher" + role.removeprefix("labels")
+        heard = {name: term for name, term in config["objective"].items() if weighs(term.get("weight", 1))}
+        read = {
+            name: [view for view in each(term.get("teacher") or []) if str(view).startswith(f"{teacher}.")]
+            for name, term in heard.items()
+        }
+        if not any(read.values()):
+            return f"no term of a weight above 0 hears the {teacher}"
         if config.get("live"):
-            return {"labels": "labels.live=true asks for the live teacher"}
+            return f"labels.live=true asks for the live {teacher}"
         augment = config["data"].get("augment", "none")
         if augment != "none" and config.get("views") is None:
-            return {
-                "labels": f"data.augment={augment} makes a new view in each epoch, so the live teacher runs "
+            return (
+                f"data.augment={augment} makes a new view in each epoch, so the live {teacher} runs "
                 f"(labels.views={config['fit'].get('epochs', 'K')} would store them)"
-            }
-        labels = inputs["labels"]
+            )
         seen = {"views": config.get("views"), "seed": config.get("view_seed") or 0, "data": config["data"]}
         held = {"views": labels.get("views"), "seed": labels.get("seed", 0), "data": labels["data"]}
         for name in ("data",) if augment == "none" else seen:
@@ -166,42 +178,39 @@ class Distil:
                     f"the student sees other {name} than its labels were made from; set labels.views, labels.seed and "
                     "data, which both read"
                 )
-        kept = {f"teacher.{names.stored(path)}" for path in inputs["labels"].get("features") or ()}
-        if f"teacher.{names.stored('embedding')}" in kept:
-            kept.add("teacher.embedding")  # a vector already
-        for name, term in config["objective"].items():
-            if not weighs(term.get("weight", 1)) or not term.get("teacher"):
-                continue
-            for view in term["teacher"] if isinstance(term["teacher"], list) else [term["teacher"]]:
-                if view not in ("teacher.logits", names.EARLIER) and view not in kept:
-                    path = str(view).removeprefix("teacher.").removesuffix(names.POOLED)
+        kept = {f"{teacher}.{names.stored(path)}" for path in labels.get("features") or ()}
+        if f"{teacher}.{names.stored('embedding')}" in kept:
+            kept.add(f"{teacher}.embedding")  # a vector already
+        for name, views in read.items():
+            for view in views:
+                if view != f"{teacher}.logits" and view not in kept:
+                    path = str(view).removeprefix(f"{teacher}.").removesuffix(names.POOLED)
                     vector = str(view).endswith(names.POOLED) or path == "embedding"
                     mend = f" (labels.features=[{path}] would store it)" if vector else ""
-                    return {"labels": f"the term {name} reads {view}, so the live teacher runs{mend}"}
-        return {}
+                    return f"the term {name} reads {view}, so the live {teacher} runs{mend}"
+        return None
 
     def check(self, inputs: Mapping[str, Stage | Artifact], room: Room) -> None:
-        """Build both networks and bind the terms on two blank images.
+        """Build all networks and bind the terms on two blank images; tell of a student larger than a teacher.
 
         Raises:
             InputError: if a layer path is not there, shapes cannot be bridged, or class counts differ.
         """
-        teacher = inputs.get("teacher")
-        if teacher is None and views_of(self.objective, names.EARLIER.partition(".")[0]):
-            rehearse(self.data, self.student, None, self.objective, self.fit, room)
-        elif isinstance(teacher, Artifact):
-            from kd.models import load
-
-            net = room.once(("teacher", teacher.key), lambda: load(teacher.path))
-            rehearse(self.data, self.student, net, self.objective, self.fit, room, self.teacher_stages)
-        elif isinstance(teacher, Train):
-            rehearse(self.data, self.student, teacher.model, self.objective, self.fit, room, self.teacher_stages)
-        elif teacher is not None and hasattr(teacher, "stand_in"):
-            rehearse(
-                self.data, self.student, room.stand_in(teacher), self.objective, self.fit, room, self.teacher_stages
-            )
-        else:
-            raise InputError("pipeline.stages.student.inputs.teacher must name a stage that trains a network")
+        place = f"pipeline.stages.{room.stage or 'student'}.inputs"
+        heard: dict[str, Config | Normalised] = {}
+        for role in teachers(inputs):
+            source = inputs[role]
+            if isinstance(source, Artifact):
+                heard[role] = room.once(("teacher", source.key), partial(room.stand_in, source))
+            elif isinstance(source, Train | Distil):
+                heard[role] = source.model if isinstance(source, Train) else source.student
+            elif hasattr(source, "stand_in"):
+                heard[role] = room.stand_in(source)
+            else:
+                raise InputError(f"{place}.{role} must name a stage that trains a network")
+        if not heard and not views_of(self.objective, names.EARLIER.partition(".")[0]):
+            raise InputError(f"{place}.teacher must name a stage that trains a network")
+        rehearse(self.data, self.student, heard, self.objective, self.fit, room, self.teacher_stages)
 
     def stand_in(self, inputs: Mapping[str, Stage | Artifact], room: Room) -> Normalised:
         """The student, with weights that mean nothing."""
@@ -217,7 +226,7 @@ class Distil:
 def rehearse(
     data: Config,
     model: Config | Normalised,
-    teacher: Config | Normalised | None,
+    teachers: Mapping[str, Config | Normalised],
     objective: Config,
     fit: Config,
     room: Room,
@@ -235,9 +244,13 @@ def rehearse(
     def built() -> bool:
         student = build(model, data, None, 0, room) if isinstance(model, dict) else model
         configure(Fit(**fit), 1)(list(student.parameters()))
-        net = build(teacher, data, None, 0, room) if isinstance(teacher, dict) else teacher
-        able = net is not None or not terms.needs_teacher
-        for line in bind(terms, student, net, data, teacher_stages=teacher_stages, rehearse=able):
+        nets = {r: build(n, data, None, 0, room) if isinstance(n, dict) else n for r, n in teachers.items()}
+        able = bool(nets) or not terms.needs_teacher
+        for line in bind_sides(
+            terms, {"student": student, **nets}, data, chosen={"teacher": teacher_stages}, rehearse=able
+        ):
+            room.tell({"event": "say", "line": line})
+        for line in larger(student, nets, room.stage):
             room.tell({"event": "say", "line": line})
         ranks.check(Fit(**fit), room.run.devices, device_of(room.run).type == "cuda", student, terms)
         return True
@@ -246,11 +259,25 @@ def rehearse(
         built()
         return terms
     # What numbers stand in the terms decides nothing about shapes: a sweep over them is bound once.
-    asked = teacher if isinstance(teacher, dict) else id(teacher)
+    asked = [[role, net if isinstance(net, dict) else id(net)] for role, net in teachers.items()]
     shape = [data[name] for name in ("channels", "size", "num_classes")]
     known = [_without_numbers(objective), sorted(terms.active), model, asked, shape, fit, teacher_stages]
     room.once(canonical(known), built)
     return terms
+
+
+def larger(student: Normalised, teachers: Mapping[str, Normalised], stage: str) -> list[str]:
+    """A line for each teacher that has fewer parameters than its student."""
+    own = sum(p.numel() for p in student.parameters())
+    found = []
+    for role, net in teachers.items():
+        count = sum(p.numel() for p in net.parameters())
+        if count < own:
+            found.append(
+                f"{stage or 'the student'}: {type(student.net).__name__} has {own:,} parameters, more than the "
+                f"{count:,} of its {role}"
+            )
+    return found
 
 
 def _asked(model: Config, objective: Config) -> Config:
@@ -341,7 +368,7 @@ def trained(
         student = student.to(memory_format=torch.contiguous_format)
         if finish is not None:
             spec = {**spec, "structure": [*spec.get("structure", []), *finish(student)]}
-        metrics, chosen = evaluated(student, peer_of(inputs, made.teacher, data), splits, data, room)
+        metrics, chosen = evaluated(student, peers_of(inputs, made.teachers, data), splits, data, room)
         metrics |= more()
         content = data_print(data, room)
         student = student.cpu().eval()
@@ -349,8 +376,8 @@ def trained(
         costs = cost(student, shape, latency=room.run.latency)
         summarise(sinks, {**metrics, **{f"cost/{name}": value for name, value in costs.items()}}, trace.steps)
     save(student, spec, out)
-    if isinstance(stage, Train):  # what a student's agreement is judged by, so that none has to ask its teacher again
-        save_file({"test": chosen}, out / CHOSEN)
+    # What a student's agreement is judged by, so that none has to ask its teacher again.
+    save_file({"test": chosen}, out / CHOSEN)
     # Copied: after a kill between here and the store, the next attempt finds it where the checkpoint is.
     shutil.copyfile(room.work / HISTORY, out / HISTORY)
     return {

@@ -166,19 +166,9 @@ class SoftLabels:
 
         check_compiler("labels.compile", self.compile, room.run)
         if self.features:
-            from kd.stages.building import build
-            from kd.stages.image import Train
             from kd.training.trainer import blank
 
-            teacher = inputs["teacher"]
-            if isinstance(teacher, Artifact):
-                from kd.models import load
-
-                net = load(teacher.path)
-            elif isinstance(teacher, Train):
-                net = build(teacher.model, self.data, None, 0, room)
-            else:
-                raise InputError("pipeline.stages.labels.inputs.teacher must name a stage that trains a network")
+            net = room.stand_in(inputs["teacher"])
             widths = _widths(net, self._taps(net), blank(self.data, 2))
             self._fits(widths, room)
 

@@ -124,7 +124,7 @@ class Quantize:
         student = self.stand_in(inputs, room)
         if self.fit is not None:
             teacher = room.stand_in(inputs.get("teacher", inputs["model"]))
-            rehearse(self.data, student, teacher, self.objective, self.fit, room)
+            rehearse(self.data, student, {"teacher": teacher}, self.objective, self.fit, room)
 
     def stand_in(self, inputs: Mapping[str, Stage | Artifact], room: Room) -> Normalised:
         """The network as this stage will shape it, with weights that mean nothing."""

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from kd.data.augment import augment
-from kd.data.labels import StoredLabels
 from kd.data.readers import decode_rows
+from kd.data.several import Labels
 from kd.data.split import Split
 from kd.errors import InputError
 from kd.training.seeds import mix
@@ -70,7 +70,7 @@ class EpochLoader:
         workers: int = 0,
         views: int | None = None,
         view_seed: int | None = None,
-        labels: StoredLabels | None = None,
+        labels: Labels | None = None,
         position: Callable[[], tuple[int, int]] | None = None,
         part: tuple[int, int] = (0, 1),
     ) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import pytorch_lightning as pl
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kd.models import Frozen, Normalised, Taps
 from kd.objective import Objective
+from kd.roles import by_role
 from kd.tasks.image import evaluate
 from kd.training.gradients import keep_buffers, of_terms
 
@@ -19,15 +20,15 @@ _PLAIN = frozenset({"_current_fx_name", "parts", "gradients", "gradients_due", "
 
 
 class Distiller(pl.LightningModule):
-    """A student under an objective; the teacher speaks live, or through the soft labels it wrote before.
+    """A student under an objective; each teacher speaks live, or through the soft labels it wrote before.
 
     Args:
         student: what is trained and shipped.
         objective: the weighted terms, bound to their shapes.
         optimisers: from trainable parameters to what `configure_optimizers` returns.
-        teacher: runs frozen on each batch where a term needs it.
+        teachers: run frozen, one after the other, on each batch where a term of the step needs them; one, or by role.
         channels_last: give images to both networks with the channels innermost.
-        stored: whether batches bring what the teacher said of them before, so that it need not run.
+        stored: the teachers of which batches bring what they said of them before, so that these need not run.
     """
 
     def __init__(
@@ -35,25 +36,26 @@ class Distiller(pl.LightningModule):
         student: Normalised,
         objective: Objective,
         optimisers: Callable[[list[torch.nn.Parameter]], dict[str, Any]],
-        teacher: Normalised | None = None,
-        stored: bool = False,
+        teachers: Normalised | Mapping[str, Normalised] | None = None,
+        stored: Collection[str] = (),
         channels_last: bool = False,
     ) -> None:
         """Install the taps: before any compilation, or hooks never fire."""
         super().__init__()
         self.student, self.objective, self.optimisers = student, objective, optimisers
         self.student_taps = Taps(student.net, objective.paths("student"))
-        live = objective.needs_teacher and not stored
-        if live and teacher is None:
-            raise ValueError("a term of the objective needs a teacher, and there is neither a teacher nor its labels")
-        self.stored = objective.needs_teacher and stored
+        given: Mapping[str, Normalised] = by_role(teachers)
+        self.stored = frozenset(objective.teachers) & frozenset(stored)
+        live = [role for role in objective.teachers if role not in self.stored]
+        for role in live:
+            if role not in given:
+                raise ValueError(f"a term of the objective hears {role}, and there is neither that net nor its labels")
         self.channels_last = channels_last
         if channels_last:
-            for net in (student, teacher):
-                if net is not None:
-                    net.to(memory_format=torch.channels_last)
-        self.teacher = Frozen(teacher) if live and teacher is not None else None
-        self.teacher_taps = Taps(teacher.net, objective.paths("teacher")) if live and teacher is not None else None
+            for net in (student, *given.values()):
+                net.to(memory_format=torch.channels_last)
+        self.teachers = torch.nn.ModuleDict({role: Frozen(given[role]) for role in live})
+        self.teacher_taps = {role: Taps(given[role].net, objective.paths(role)) for role in live}
         self.parts: dict[str, Tensor] = {}
         self.gradients_due = False
         self.gradients: dict[str, Tensor] = {}
@@ -79,27 +81,34 @@ class Distiller(pl.LightningModule):
             views["batch.row"] = batch["row"]
         views.update({f"student.{path}": value for path, value in self.student_taps.pop().items()})
         if self.stored:
-            views.update({name: value for name, value in batch.items() if name.startswith("teacher.")})
-        elif self.teacher is not None and self.teacher_taps is not None:
-            views["teacher.logits"] = self.teacher(images)
-            views.update({f"teacher.{path}": value for path, value in self.teacher_taps.pop().items()})
+            views.update({name: value for name, value in batch.items() if name.startswith("teacher")})
+        if self.teacher_taps:
+            asked = {view.partition(".")[0] for view in self.objective.asks}
+            for role, taps in self.teacher_taps.items():
+                if role in asked:
+                    views[f"{role}.logits"] = self.teachers[role](images)
+                    views.update({f"{role}.{path}": value for path, value in taps.pop().items()})
         return views
 
     def _laid(self, images: Tensor) -> Tensor:
         return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
 
     def compile_nets(self) -> None:
-        """Compile student and teacher in place: paths, taps and state stay as they are."""
+        """Compile student and teachers in place: paths, taps and state stay as they are."""
         keep_buffers()
         self.student.compile()
-        if self.teacher is not None:
-            self.teacher.module.compile()
+        for net in self.live.values():
+            net.compile()
 
     def plain_nets(self) -> None:
         """Leave compilation behind: what judges and stores the student runs it as it was built."""
-        for net in (self.student, None if self.teacher is None else self.teacher.module):
-            if net is not None:
-                net._compiled_call_impl = None
+        for net in (self.student, *self.live.values()):
+            net._compiled_call_impl = None
+
+    @property
+    def live(self) -> dict[str, Normalised]:
+        """The teachers that run, by role."""
+        return {role: frozen.module for role, frozen in self.teachers.items()}  # type: ignore[misc]
 
     def at(self, epoch: float, epochs: int) -> None:
         """Tell the terms where training stands."""

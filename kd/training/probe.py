@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kd.data import Split
-from kd.data.labels import StoredLabels
+from kd.data.several import Labels
 from kd.models import Normalised
 from kd.training.loaders import Batch, EpochLoader
 from kd.training.module import Distiller
@@ -55,7 +55,7 @@ class Probed:
 
 def loader_of(
     split: Split, fit: Fit, run: Run, data: dict[str, Any], seed: int, views: int | None, view_seed: int | None,
-    labels: StoredLabels | None = None,
+    labels: Labels | None = None,
 ) -> EpochLoader:  # fmt: skip
     """The batches that a training sees, from its first epoch on."""
     device = device_of(run)
@@ -98,7 +98,7 @@ def probe(
         module.double()
     # What a trainer does: it flips the mode of all that it can reach.
     module.train()
-    teacher = None if module.teacher is None else module.teacher.module
+    teacher = listened(module)
     before = _state(teacher)
     optimiser = module.configure_optimizers()["optimizer"]
     found, seconds = Probed(), []
@@ -131,6 +131,12 @@ def probe(
     return found
 
 
+def listened(module: Distiller) -> nn.Module | None:
+    """The teacher that runs; of several, all of them as one; None if none does."""
+    live = module.live
+    return next(iter(live.values())) if len(live) == 1 else nn.ModuleDict(live) if live else None
+
+
 def _step(
     module: Distiller,
     batch: Batch,
@@ -140,7 +146,7 @@ def _step(
     found: Probed,
 ) -> float:
     """One step of the optimiser; gives the loss."""
-    teacher = None if module.teacher is None else module.teacher.module
+    teacher = listened(module)
 
     def closure() -> float:
         optimiser.zero_grad()
@@ -229,11 +235,11 @@ def pixels(split: Split, data: dict[str, Any], run: Run, samples: int) -> tuple[
     return images.mean(1).tolist(), images.std(1).tolist()
 
 
-def spoken(module: Distiller, teacher: Normalised, loader: EpochLoader, run: Run) -> tuple[Tensor, Tensor]:
-    """(stored, live) logits of the teacher on the first batch of a training that reads stored labels."""
+def spoken(teacher: Normalised, loader: EpochLoader, run: Run, role: str = "teacher") -> tuple[Tensor, Tensor]:
+    """(stored, live) logits of a teacher on the first batch of a training that reads stored labels."""
     device = device_of(run)
     batch = next(iter(loader.batches(0)))
     teacher = teacher.to(device).eval()
     with torch.no_grad():
         live = teacher(batch["image"]).float().cpu()
-    return batch["teacher.logits"].float().cpu(), live
+    return batch[f"{role}.logits"].float().cpu(), live

@@ -20,7 +20,7 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.profilers import PassThroughProfiler
 
 from kd.data import Split
-from kd.data.labels import StoredLabels
+from kd.data.several import Labels
 from kd.errors import InputError
 from kd.training.callbacks import Checkpoint, Masks, Progress, Recorder, Reseed, Selection, Together
 from kd.training.circle import Circle
@@ -105,7 +105,7 @@ def train(
     tell: Callable[[dict[str, Any]], None],
     views: int | None = None,
     view_seed: int | None = None,
-    labels: StoredLabels | None = None,
+    labels: Labels | None = None,
     turns: Turns | None = None,
     loggers: list[Logger] | None = None,
     masks: Mapping[str, torch.Tensor] | None = None,
@@ -152,7 +152,7 @@ class _Place:
     work: Path
     views: int | None
     view_seed: int | None
-    labels: StoredLabels | None
+    labels: Labels | None
     turns: Turns | None
     masks: Mapping[str, torch.Tensor] | None
 

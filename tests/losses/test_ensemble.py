@@ -13,7 +13,6 @@ from kd.errors import InputError
 from kd.losses.ensemble import ByConfidence, ByCrossEntropy, Each, Gate, MeanLogits, MeanProbabilities, RandomChoice
 from kd.losses.feature import Hint
 from kd.losses.logits import LogitMSE, SoftTargetKL, Standardised
-from kd.losses.maps import AT
 from kd.losses.response import DKD
 
 SURE, UNSURE = torch.tensor([[3.0, 1.0]]).log(), torch.zeros(1, 2)  # (0.75, 0.25) and (0.5, 0.5)
@@ -118,7 +117,8 @@ def test_a_gate_pools_maps_by_their_maximum_and_leaves_the_student_alone() -> No
 
 
 def test_a_random_choice_asks_one_teacher_and_draws_again_at_each_step() -> None:
-    loss = RandomChoice(LogitMSE(), seed=1)
+    loss = RandomChoice(LogitMSE())
+    loss.draws_from(1)
     values = []
     for step in range(40):
         loss.at(step / 10, 4)
@@ -128,7 +128,8 @@ def test_a_random_choice_asks_one_teacher_and_draws_again_at_each_step() -> None
         values.append(loss(student=UNSURE, teacher=teachers).item())
         assert values[-1] == (index + 1) ** 2
     assert set(values) == {1.0, 4.0}
-    again = RandomChoice(LogitMSE(), seed=1)  # as a resumed run would: from the middle on
+    again = RandomChoice(LogitMSE())  # as a resumed run would: from the middle on
+    again.draws_from(1)
     for step in range(20, 40):
         again.at(step / 10, 4)
         assert again(student=UNSURE, teacher=[UNSURE + 1, UNSURE + 2]).item() == values[step]
@@ -163,17 +164,6 @@ def test_each_drops_as_many_and_keeps_one() -> None:
     assert len(alone.heard(3)) == 1
 
 
-def test_each_gives_a_list_of_views_of_each_teacher() -> None:
-    loss = Each(AT(), views=2, drop=1)
-    maps = [torch.rand(2, 3, 4, 4) for _ in range(4)]
-    loss.bind([(2, 3, 4, 4)] * 2, [(2, 3, 4, 4)] * 4)
-    assert loss.heard(4) in ([0, 1], [2, 3])
-    student = maps[:2]
-    found = loss(student=student, teacher=maps)
-    meant = [AT()(student=student, teacher=maps[i : i + 2]) for i in (0, 2)]
-    assert found.item() in [value.item() for value in meant]
-
-
 @pytest.mark.parametrize(
     ("call", "said"),
     [
@@ -187,7 +177,6 @@ def test_each_gives_a_list_of_views_of_each_teacher() -> None:
         (lambda: Each(LogitMSE(), reduce="max"), "it must be 'mean' or 'sum'"),
         (lambda: Each(LogitMSE(), drop=-1), "drop is -1"),
         (lambda: Each(LogitMSE())(UNSURE, [SURE, UNSURE]), "1 losses meet 2 teachers"),
-        (lambda: RandomChoice(LogitMSE(), seed=-1), "seed is -1"),
         (lambda: MeanLogits(LogitMSE())(UNSURE, [SURE, torch.zeros(1, 3)]), "3; distil between nets"),
     ],
 )

@@ -75,6 +75,67 @@ def test_a_pipeline_without_templates_is_left_as_it_is() -> None:
     assert expand(plain) == plain
 
 
+SOFT = {"_target_": "Labels", "inputs": {"teacher": "@previous"}}
+
+
+def dense(items: object, inputs: object) -> dict[str, object]:
+    """A teacher with its labels, assistants with theirs, and a last stage."""
+    template = {
+        "for_each": items,
+        "start": "teacher",
+        "end": "net",
+        "stages": {
+            "net": {"_target_": "Distil", "inputs": {"teacher*": "@earlier", "labels*": "@earlier_labels"}},
+            "labels": SOFT,
+        },
+    }
+    labels = {"_target_": "Labels", "inputs": {"teacher": "teacher"}}
+    return {"teacher": TEACHER, "teacher_labels": labels, "assistant": template, "student": {"inputs": inputs}}
+
+
+def test_a_stage_beside_the_one_that_stands_for_an_item_is_named_with_it() -> None:
+    last = {"teacher*": ["teacher", "assistant*"], "labels*": ["teacher_labels", "assistant*_labels"]}
+    made = expand(dense(["a", "b"], last))
+    assert list(made) == [
+        "teacher", "teacher_labels", "assistant1", "assistant1_labels", "assistant2", "assistant2_labels", "student"
+    ]  # fmt: skip
+    assert made["assistant1"]["inputs"] == {"teacher1": "teacher", "labels1": "teacher_labels"}
+    assert made["assistant2"]["inputs"] == {
+        "teacher1": "teacher", "teacher2": "assistant1", "labels1": "teacher_labels", "labels2": "assistant1_labels"
+    }  # fmt: skip
+    assert made["assistant2_labels"]["inputs"] == {"teacher": "assistant2"}
+    assert list(made["student"]["inputs"]) == ["teacher1", "teacher2", "teacher3", "labels1", "labels2", "labels3"]
+    assert made["student"]["inputs"]["labels3"] == "assistant2_labels"
+
+
+def test_before_is_what_stands_for_the_item_before() -> None:
+    stages = dense(["a", "b"], {"teacher": "assistant", "labels": "assistant_labels"})
+    stages["assistant"]["stages"]["net"]["inputs"] = {"teacher": "@before", "labels": "@before_labels"}  # type: ignore[index]
+    made = expand(stages)
+    assert made["assistant1"]["inputs"] == {"teacher": "teacher", "labels": "teacher_labels"}
+    assert made["assistant2"]["inputs"] == {"teacher": "assistant1", "labels": "assistant1_labels"}
+    assert made["student"]["inputs"] == {"teacher": "assistant2", "labels": "assistant2_labels"}
+    stages["assistant"]["for_each"] = []  # type: ignore[index]
+    assert expand(stages)["student"]["inputs"] == {"teacher": "teacher", "labels": "teacher_labels"}
+
+
+def test_an_item_lays_fields_over_its_stage() -> None:
+    change = {"seed": 1, "objective": {"kd": {"weight": 0.5}}}
+    own = {"seed": 0, "objective": {"kd": {"weight": 0.9, "student": "s"}, "ce": {"weight": 0.1}}}
+    made = expand(chain([{"name": "a", "with": change}, "b"], **own))
+    assert made["assistant1"]["student"] == {**MODEL, "name": "a"}
+    assert made["assistant1"]["seed"] == 1 and made["assistant2"]["seed"] == 0
+    assert made["assistant1"]["objective"] == {"kd": {"weight": 0.5, "student": "s"}, "ce": {"weight": 0.1}}
+    several = dense([{"name": "a", "with": {"seed": 3}}], {})
+    made = expand(several)
+    assert made["assistant1"]["seed"] == 3 and "seed" not in made["assistant1_labels"]
+
+
+def test_mappings_are_laid_one_over_the_other() -> None:
+    made = expand(chain(["a"], fit={"_from_": [{"epochs": 30, "lr": 1}, {"epochs": 3}], "clip": None}))
+    assert made["assistant1"]["fit"] == {"epochs": 3, "lr": 1, "clip": None}
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -86,6 +147,9 @@ def test_a_pipeline_without_templates_is_left_as_it_is() -> None:
         ({"stage": {"x": "@itme"}}, "@itme is no token; did you mean '@item'"),
         ({"stage": {"_from_": "@item"}}, "is no mapping to start from"),
         ({"stage": {"inputs": {"teacher*": "nobody*"}}}, "several inputs are a list of stages"),
+        ({"stage": {"inputs": {"teacher*": ["a", "nobody*"]}}}, "several inputs are a list of stages"),
+        ({"end": "net"}, "end='net' is none of its stages"),
+        ({"start": None, "stage": {"inputs": {"labels": "@before_labels"}}}, "@before names nothing at the first item"),
     ],
 )
 def test_a_template_that_is_none_is_refused(change: dict[str, object], said: str) -> None:

@@ -37,8 +37,8 @@ def test_a_sweep_over_temperature_alpha_and_seed_has_one_teacher(tmp_path):
 
 OTHER = {
     "store": None, "data_dir": None, "accelerator": "cpu", "devices": 2, "workers": 0, "memory_gb": 0.5,
-    "validate_every": 2, "log_every": 7, "checkpoint_seconds": 1, "wandb": "offline", "wandb_project": "x",
-    "latency": "true", "progress": "true", "trusted": "[mine]", "logger": None,
+    "validate_every": 2, "log_every": 7, "gradients": 5, "checkpoint_seconds": 1, "wandb": "offline",
+    "wandb_project": "x", "latency": "true", "progress": "true", "trusted": "[mine]", "logger": None,
 }  # fmt: skip
 
 
@@ -102,3 +102,53 @@ def test_planning_runs_nothing_and_a_finished_stage_is_a_hit(tmp_path):
     assert not (tmp_path / "artifacts").exists()
     made(tmp_path)
     assert [status(n, Store(tmp_path)) for n in one.nodes] == ["hit"] * 3
+
+
+CHAIN = ("pipeline=chain", "assistants=[seed_cnn,seed_cnn_small]")
+
+
+def test_a_chain_without_assistants_and_one_teacher_of_several_have_the_keys_of_a_plain_distillation(tmp_path):
+    plain = list(keys(tmp_path).values())
+    for words in (["pipeline=chain"], ["pipeline=dense"], ["pipeline=teachers", "teachers=[seed_cnn]"]):
+        assert list(keys(tmp_path, *words).values()) == plain, words
+
+
+def test_the_last_hop_of_a_chain_moves_no_key_before_it(tmp_path):
+    before, after = keys(tmp_path, *CHAIN), keys(tmp_path, *CHAIN, "student.name=seed_cnn", "seed=3")
+    assert {name for name in before if before[name] != after[name]} == {"student"}
+    after = keys(tmp_path, *CHAIN, "fit.lr=0.1")  # which is the assistants' too
+    assert {name for name in before if before[name] == after[name]} == {"teacher", "teacher_labels"}
+    longer = keys(tmp_path, "pipeline=chain", "assistants=[seed_cnn,seed_cnn]")
+    assert longer["assistant1"] == before["assistant1"] and longer["assistant2"] != before["assistant2"]
+
+
+def test_an_assistant_may_be_trained_otherwise(tmp_path):
+    longer = planned(tmp_path, *CHAIN, "+assistant_fit.epochs=7")[0]
+    epochs = {node.name: node.config.get("fit", {}).get("epochs") for node in longer.nodes}
+    assert epochs["assistant1"] == epochs["assistant2"] == 7 and epochs["student"] == epochs["teacher"] == 2
+    own = "{name: seed_cnn, with: {objective: {kd: {loss: {temperature: 2}}}}}"
+    changed = planned(tmp_path, "pipeline=chain", f"assistants=[{own},seed_cnn_small]")[0]
+    hops = [node for node in changed.nodes if node.name.startswith("assistant") and "objective" in node.config]
+    assert [hop.config["objective"]["kd"]["loss"]["temperature"] for hop in hops] == [2, 4]
+    assert [hop.dials["temperature"] for hop in hops] == [2, 4] and changed.dials["temperature"] == 4
+    assert changed.nodes[0].dials == {}
+
+
+def test_a_cycle_and_an_edge_to_nowhere_are_told(tmp_path):
+    chain = (*CHAIN, "+pipeline.stages.teacher.inputs.teacher=student")
+    with pytest.raises(InputError, match="reads itself: teacher <- student <- assistant2 <- assistant1 <- teacher"):
+        planned(tmp_path, *chain)
+    with pytest.raises(InputError, match="'asistant1' is no stage before it; did you mean 'assistant1'"):
+        planned(tmp_path, *CHAIN, "pipeline.stages.student.inputs.teacher=asistant1")
+
+
+def test_teachers_of_other_classes_and_twins_are_told_in_planning(tmp_path):
+    config = jobs([f"run.store={tmp_path}", *CHAIN])[0][0].config
+    config["pipeline"]["stages"]["assistant2"]["data"] = jobs(["data=synthetic", "data.samples=600"])[0][0].config[
+        "data"
+    ]
+    with pytest.raises(InputError, match="'assistant1' knows 10 classes and the student learns 100"):
+        plan(config)
+    with pytest.raises(InputError, match="teacher1 and teacher2 are one and the same network"):
+        planned(tmp_path, "pipeline=teachers", "teachers=[seed_cnn,seed_cnn]")
+    planned(tmp_path, "pipeline=teachers", "teachers=[seed_cnn,{name: seed_cnn, with: {seed: 1}}]")

@@ -65,9 +65,10 @@ def test_with_stored_labels_no_teacher_is_loaded_and_without_a_given_one_stands_
         return assemble(stage, network(stage.student, stage.data, splits, 0, room), inputs, splits, room, given)
 
     stored = put({"teacher": teacher, "labels": labels})
-    assert stored.labels is not None and stored.teacher is stored.module.teacher is None and stored.module.stored
+    assert stored.labels is not None and not stored.teachers and not stored.module.teachers
+    assert stored.module.stored == {"teacher"}
     live = put({"teacher": teacher})
-    assert live.labels is None and live.module.teacher is not None and live.module.teacher.module is live.teacher
+    assert live.labels is None and live.module.teachers["teacher"].module is live.teachers["teacher"]
     given = load(teacher.path)
-    assert put({}, given).teacher is given
+    assert put({}, given).teachers == {"teacher": given}
     assert (live.steps, len(live.split)) == (4, 256)

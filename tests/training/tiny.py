@@ -67,7 +67,11 @@ def fitted(
     fit = fit or Fit(epochs=2, batch_size=4, lr=0.1, optimiser={"_target_": "torch.optim.SGD"})
     steps = count // fit.batch_size if fit.drop_last else -(-count // fit.batch_size)
     module = Distiller(
-        net(), Objective(terms or {"ce": label_term()}), configure(fit, steps), teacher, stored=labels is not None
+        net(),
+        Objective(terms or {"ce": label_term()}),
+        configure(fit, steps),
+        teacher,
+        stored=("teacher",) if labels is not None else (),
     )
     folder.mkdir(parents=True, exist_ok=True)
     trace = train(

@@ -1,0 +1,80 @@
+"""How the terms of a stage hear several teachers: each term that names `teacher` is written out for those there are.
+
+A stage of a pipeline with inputs `teacher1`, `teacher2`, … may hold a `mix` beside its fields: the config of a term
+whose `loss` takes another loss into it (`kd.losses.ensemble`). Then a term that reads `teacher.logits` reads
+`[teacher1.logits, teacher2.logits]` through that, and takes over what else the mix names (its target, a feature). A
+term that reads anything else of `teacher` becomes a term for each of them, with its share of the weight. Terms that
+name `teacher1` or `teacher2` themselves stay as they are. Where there is one teacher, it is `teacher`, whatever the
+mix: a chain of one hop has the keys of a plain distillation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from kd.errors import InputError
+from kd.roles import plain, teachers
+from kd.schedules import scaled
+
+LOGITS = "teacher.logits"
+
+
+def heard(stage: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A stage without its `mix`, its terms written out for the teachers among its inputs.
+
+    Args:
+        stage: plain data; one without a `mix` is left as it is.
+        where: what messages call it.
+
+    Raises:
+        InputError: if the mix is none, or a term names `teacher` and one of several.
+
+    >>> kd = {"weight": 1, "student": "student.logits", "teacher": "teacher.logits", "loss": {"_target_": "KL"}}
+    >>> mix = {"loss": {"_target_": "Mean"}}
+    >>> inputs = {"teacher1": "a", "teacher2": "b"}
+    >>> heard({"inputs": inputs, "mix": mix, "objective": {"kd": kd}}, "student")["objective"]["kd"]["teacher"]
+    ['teacher1.logits', 'teacher2.logits']
+    >>> heard({"inputs": {"teacher1": "a"}, "mix": mix, "objective": {"kd": kd}}, "student")["inputs"]
+    {'teacher': 'a'}
+    """
+    if "mix" not in stage:
+        return dict(stage)
+    mix, found = stage["mix"], {name: value for name, value in stage.items() if name != "mix"}
+    inputs = dict(stage.get("inputs") or {})
+    roles = teachers(inputs)
+    if len(roles) < 2:
+        found["inputs"] = {plain(role): source for role, source in inputs.items()}
+        return found
+    if not isinstance(mix, Mapping) or not isinstance(mix.get("loss"), Mapping) or "_target_" not in mix["loss"]:
+        raise InputError(f"{where}.mix={mix!r} is no mix of teachers; choose one, e.g. mix=mean_probabilities")
+    terms: dict[str, Any] = {}
+    for name, term in dict(stage.get("objective") or {}).items():
+        for written, one in _written(name, term, mix, roles, where).items():
+            if written in terms:
+                raise InputError(f"{where}: two terms are called {written!r}; give one of them another name")
+            terms[written] = one
+    return {**found, "objective": terms}
+
+
+def _written(name: str, term: Any, mix: Mapping[str, Any], roles: list[str], where: str) -> dict[str, Any]:
+    """A term as one that hears all teachers, or as one for each."""
+    if not isinstance(term, Mapping) or not term.get("teacher"):
+        return {name: term}
+    views = term["teacher"] if isinstance(term["teacher"], list) else [term["teacher"]]
+    alone = [str(view).startswith("teacher.") for view in views]
+    if not any(alone):
+        return {name: term}
+    if not all(alone):
+        read = ", ".join(map(str, views))
+        raise InputError(f"{where}: the term {name} reads {read}; name `teacher` alone, or each by its number")
+    if term["teacher"] == LOGITS:
+        more = {role: view for role, view in mix.items() if role != "loss" and view is not None and not term.get(role)}
+        listed = [f"{role}.logits" for role in roles]
+        return {name: {**term, **more, "teacher": listed, "loss": {**mix["loss"], "loss": term["loss"]}}}
+    found = {}
+    for role in roles:
+        own = [str(view).replace("teacher.", f"{role}.", 1) for view in views]
+        theirs = own if isinstance(term["teacher"], list) else own[0]
+        found[f"{name}_{role}"] = {**term, "teacher": theirs, "weight": scaled(term["weight"], 1 / len(roles))}
+    return found
