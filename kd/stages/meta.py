@@ -127,7 +127,7 @@ class MetaDistil:
         optimisers = configure(fit, steps_of(fit, len(learnt)))
         tutor = self._tutor(quiz, fit, steps_of(fit, len(learnt)), room)
         circle = Circle(members, STUDENT, optimisers, fit.lr, channels_last=fit.channels_last, before=tutor)
-        made = Assembly(circle, fit, learnt, None, teacher, None, None, tuple(said))
+        made = Assembly(circle, fit, learnt, None, {TEACHER: teacher}, None, None, tuple(said))
 
         def more() -> dict[str, Any]:
             return told({TEACHER: teacher}, inputs, splits, self.data, room)
