@@ -564,6 +564,33 @@ def bench_labels(
     _json(rows) if as_json else _print(table)
 
 
+@bench.command("loss")
+def bench_loss(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME|WORD]…", help="Losses, all by default, and overrides, e.g. dkd temperature=2."),
+    ] = None,
+    shapes: Annotated[
+        list[str] | None,
+        typer.Option("--shape", help="256x1000, 8x1024x50257 (tokens) or 64xmaps; again for more.", show_default=False),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds of each loss.")] = 7,
+    memory: Annotated[float, typer.Option(min=0.01, help="GiB; a loss that needs more is skipped.")] = 8.0,
+    seconds: Annotated[float, typer.Option(min=0.01, help="A loss that takes longer once is skipped.")] = 20.0,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    as_json: Json = False,
+) -> None:
+    """Time and memory of each loss's value and gradient, beside plain KL of as many numbers.
+
+    Example: kd bench loss dkd nkd dist --shape 256x1000
+    """
+    from kd.benching.losses import SHAPES
+    from kd.benching.losses import bench_losses as measure
+
+    rows, table = measure(words or [], shapes or SHAPES, rounds, memory, seconds, dtype)
+    _json(rows) if as_json else _print(table)
+
+
 @bench.command("sweep")
 def bench_sweep(
     words: Words = None,

@@ -24,8 +24,8 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("stages",),
     ("pipeline", "report"),
     ("config",),
-    ("benching", "launch", "listing", "reporting", "spaces", "views"),
-    ("doctoring", "tuning"),
+    ("launch", "listing", "reporting", "spaces", "views"),
+    ("benching", "doctoring", "tuning"),
     ("cli",),
     ("__main__",),
 )
