@@ -53,17 +53,26 @@ def macs(net: nn.Module, shape: Sequence[int]) -> int:
     >>> macs(nn.Linear(3, 5), (3,))
     15
     """
+    blank = hollow(net)
+    dtype = next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    counter = FlopCounterMode(display=False)
+    with looking(blank), counter:
+        blank(torch.empty(1, *shape, dtype=dtype, device="meta"))
+    return int(counter.get_total_flops()) // 2
+
+
+def hollow(net: nn.Module) -> nn.Module:
+    """A copy of a net without data, on the device `meta`: it takes neither time nor memory, and knows all shapes.
+
+    >>> hollow(nn.Linear(3, 5))(torch.empty(2, 3, device="meta")).shape
+    torch.Size([2, 5])
+    """
     # What deepcopy finds in its memo it takes as it is: parameters and buffers are replaced, not copied first.
     blank: dict[int, Any] = {
         id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False) for p in net.parameters()
     }
     blank |= {id(b): torch.empty_like(b, device="meta") for b in net.buffers()}
-    hollow = copy.deepcopy(net, blank)
-    dtype = next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.get_default_dtype())
-    counter = FlopCounterMode(display=False)
-    with looking(hollow), counter:
-        hollow(torch.empty(1, *shape, dtype=dtype, device="meta"))
-    return int(counter.get_total_flops()) // 2
+    return copy.deepcopy(net, blank)
 
 
 def stored_bytes(net: nn.Module) -> int:
