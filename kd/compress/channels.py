@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,22 +28,12 @@ def library() -> Any:
     return torch_pruning
 
 
-def channel_sites(
-    net: nn.Module,
-    inputs: Tensor,
-    *,
-    by: str,
-    gradients: Mapping[str, Tensor] | None = None,
-    apart: Sequence[str] = (),
-) -> tuple[list[Site], dict[str, str]]:
-    """The groups of coupled channels and of recurrent units, with the importance of each; and what stays whole, why.
+def channel_sites(net: nn.Module, inputs: Tensor, apart: Sequence[str] = ()) -> tuple[list[Site], dict[str, str]]:
+    """The groups of coupled channels and of recurrent units, without scores yet; and what stays whole, why.
 
     Args:
         net: is not changed.
         inputs: one sample, (1, …).
-        by: `taylor` (needs gradients), `magnitude` (of what makes a channel), `group_norm` (of all that goes with it),
-            or `random`, which leaves the scores empty.
-        gradients: of the loss, by the parameters' names.
         apart: layers whose outputs another kind of site cuts.
 
     Raises:
@@ -51,8 +41,6 @@ def channel_sites(
     """
     pruning = library()
     work = copy.deepcopy(net).eval().requires_grad_(True)
-    for name, value in work.named_parameters():
-        value.grad = None if gradients is None else gradients.get(name)
     paths: dict[int, str] = {id(module): path for path, module in work.named_modules()}
     paths |= {id(value): name for name, value in work.named_parameters()}
     with shells(work, _dealers(work, inputs)) as hidden, warnings.catch_warnings():
@@ -82,7 +70,6 @@ def channel_sites(
                 f"torch-pruning cannot trace {type(net).__name__} ({type(error).__name__}: {error})"
             ) from error
     last = [node.module for node in graph.module2node.values() if node.grad_fn is ends[0]]
-    score = _scorer(pruning, by)
     found, whole = [], {}
     for group in groups:
         root = group[0].dep.target.module
@@ -96,19 +83,8 @@ def channel_sites(
         if isinstance(made, str):
             whole[path] = made
             continue
-        if score is not None and made.kind == "channels":
-            importance = score(group)
-            if importance is None:
-                whole[path] = "its importance cannot be told"
-                continue
-            made.scores = torch.zeros(made.slots).index_add_(0, _slots(made), importance.detach().float().cpu())
         found.append(made)
     return found, whole
-
-
-def _slots(site: Site) -> Tensor:
-    """The slot of each channel of the layer that makes them."""
-    return next(touch.owner for touch in site.touches if touch.path == site.path and touch.side != "in")
 
 
 def _outwards(graph: Any, item: Any) -> bool:
@@ -247,17 +223,6 @@ def _length(module: Any, side: str, graph: Any) -> int:
         return int(module.shape[int(side[3:])])
     found = graph.get_in_channels(module) if side == "in" else graph.get_out_channels(module)
     return int(found)
-
-
-def _scorer(pruning: Any, by: str) -> Callable[[Any], Tensor | None] | None:
-    if by == "random":
-        return None
-    made: Callable[[Any], Tensor | None] = {
-        "taylor": lambda: pruning.importance.GroupTaylorImportance(),
-        "magnitude": lambda: pruning.importance.GroupMagnitudeImportance(p=2, group_reduction="first"),
-        "group_norm": lambda: pruning.importance.GroupMagnitudeImportance(p=2),
-    }[by]()
-    return made
 
 
 def _shell_pruner(pruning: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,10 +12,8 @@ from kd.compress.measure import hollow, looking
 from kd.compress.sites import Site, Touch
 
 
-def head_sites(
-    net: nn.Module, shape: Sequence[int], *, by: str, gradients: Mapping[str, Tensor] | None = None
-) -> tuple[list[Site], list[str]]:
-    """The attentions whose heads can go, with the importance of each head; and the layers that only they may cut.
+def head_sites(net: nn.Module, shape: Sequence[int]) -> tuple[list[Site], list[str]]:
+    """The attentions whose heads can go, without scores yet; and the layers that only they may cut.
 
     Known are attentions with one `qkv` and a `proj` (timm), and with `query`, `key`, `value` whose outputs a `dense` of
     a neighbour called `output` takes (BERT as in transformers).
@@ -23,11 +21,9 @@ def head_sites(
     Args:
         net: is not changed.
         shape: of one sample.
-        by: `taylor`, else the squares of the weights.
-        gradients: of the loss, by the parameters' names.
 
     >>> from timm.layers.attention import Attention
-    >>> sites, apart = head_sites(nn.Sequential(Attention(8, num_heads=4)), (3, 8), by="magnitude")
+    >>> sites, apart = head_sites(nn.Sequential(Attention(8, num_heads=4)), (3, 8))
     >>> sites[0].slots, apart
     (4, ['0.qkv'])
     """
@@ -39,18 +35,10 @@ def head_sites(
             continue
         heads, width, touches, inside, finish = made
         apart += inside
-        scores = torch.zeros(heads)
-        for touch in touches:
-            value = net.get_parameter(f"{touch.path}.weight").detach()
-            weighed = value**2
-            if by == "taylor" and gradients is not None:
-                weighed = (value * gradients[f"{touch.path}.weight"]).abs()
-            each = weighed.sum(dim=1 if touch.side == "out" else 0).cpu()
-            scores.index_add_(0, touch.owner, each)
         count = tokens.get(path, 0)
         # Queries times keys and weights times values, for each pair of tokens.
         cost = 2.0 * count * count * width
-        found.append(Site(path, "heads", heads, touches, scores, tag=type(module).__name__, macs=cost, finish=finish))
+        found.append(Site(path, "heads", heads, touches, tag=type(module).__name__, macs=cost, finish=finish))
     return found, apart
 
 

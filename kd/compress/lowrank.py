@@ -175,7 +175,7 @@ def spectrum(layer: nn.Linear | nn.Conv2d, form: str, root: Tensor | None = None
 
     >>> layer = nn.Linear(2, 2)
     >>> _ = layer.weight.data.copy_(torch.tensor([[3.0, 0.0], [0.0, 2.0]]))
-    >>> spectrum(layer, "svd")
+    >>> spectrum(layer, "svd").round()
     tensor([9., 4.], dtype=torch.float64)
     """
     weight = layer.weight.detach().double()

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from kd.errors import InputError
-
-SCOPES = ("global", "layer")
-SCORES = ("magnitude", "taylor", "random")
 MASKABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.RNNBase)
-_PATTERN = re.compile(r"([1-9]\d*):([1-9]\d*)")
 
 
 def maskable(net: nn.Module, keep: Sequence[str] = ()) -> dict[str, Tensor]:
@@ -29,21 +23,6 @@ def maskable(net: nn.Module, keep: Sequence[str] = ()) -> dict[str, Tensor]:
                 if value.ndim > 1:
                     found[f"{path}.{name}" if path else name] = value
     return found
-
-
-def pattern(text: str) -> tuple[int, int]:
-    """N and M of `N:M`: of each M weights in a row, N are kept.
-
-    Raises:
-        InputError: if it is none.
-
-    >>> pattern("2:4")
-    (2, 4)
-    """
-    found = _PATTERN.fullmatch(text) if isinstance(text, str) else None
-    if not found or int(found[1]) >= int(found[2]):
-        raise InputError(f"{text!r} is no pattern N:M with N less than M, e.g. 2:4")
-    return int(found[1]), int(found[2])
 
 
 @torch.no_grad()
@@ -72,16 +51,15 @@ def _highest(scores: Tensor, amount: float) -> Tensor:
 
 
 @torch.no_grad()
-def choose_pattern(score: Tensor, text: str) -> Tensor | None:
-    """The mask that keeps the N highest of each M scores along the inputs; None where their number is no multiple of M.
+def choose_pattern(score: Tensor, few: int, many: int) -> Tensor | None:
+    """The mask that keeps the `few` highest of each `many` scores along the inputs; None where these are no multiple.
 
     Inputs of a convolution (O, I, k, k) are its channels I, at each place of the kernel: the order in which sparse
     kernels of NVIDIA read them (Mishra et al. 2021, arXiv:2104.08378).
 
-    >>> choose_pattern(torch.tensor([[1.0, 4.0, 3.0, 2.0]]), "2:4")
+    >>> choose_pattern(torch.tensor([[1.0, 4.0, 3.0, 2.0]]), 2, 4)
     tensor([[False,  True,  True, False]])
     """
-    few, many = pattern(text)
     if score.shape[1] % many:
         return None
     rows = score.movedim(1, -1)

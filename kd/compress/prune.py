@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from kd.compress.channels import channel_sites
 from kd.compress.heads import head_sites
 from kd.compress.recurrent import ranked, unit_scores
-from kd.compress.sites import Choice, Site, Tally, cut, exact, sound
+from kd.compress.sites import Choice, Site, Tally, Touch, cut, exact, sound
 from kd.compress.structure import Change, difference
 from kd.errors import InputError, KDError
 
@@ -58,17 +59,9 @@ def find(
         seed: of `random`.
     """
     shape = tuple(inputs.shape[1:])
-    heads, apart = head_sites(net, shape, by=by, gradients=gradients)
-    sites, whole = channel_sites(net, inputs[:1], by=by, gradients=gradients, apart=apart)
-    for number, site in enumerate(sites):
-        if site.kind == "units":
-            module = net.get_submodule(site.path)
-            assert isinstance(module, nn.RNNBase)
-            own = None
-            if gradients is not None:
-                own = {name: gradients[f"{site.path}.{name}"] for name, _ in module.named_parameters()}
-            sites[number] = ranked(site, module, unit_scores(module, by, own))
-    sites = [*sites, *heads]
+    heads, apart = head_sites(net, shape)
+    sites, whole = channel_sites(net, inputs[:1], apart)
+    sites = [scored(net, site, by, gradients) for site in (*sites, *heads)]
     kept = [site for site in sites if not _asked(site, keep)]
     whole |= {site.path: "as it was asked" for site in sites if site not in kept}
     good = sound(net, kept, inputs)
@@ -80,6 +73,52 @@ def find(
             site.scores = torch.rand(site.slots, generator=generator)
         site.scores = (site.scores / site.scores.mean().clamp(min=1e-30)).double().cpu()
     return found, whole
+
+
+def scored(net: nn.Module, site: Site, by: str, gradients: Mapping[str, Tensor] | None = None) -> Site:
+    """The site with the importance of its slots.
+
+    `taylor` sums |weight x gradient| over all weights that go with a slot (Molchanov et al. 2019, arXiv:1906.10771, of
+    single weights), `group_norm` their squares (Fang et al. 2023), `magnitude` the squares of those that make it.
+    """
+    if site.kind == "units":
+        module = net.get_submodule(site.path)
+        assert isinstance(module, nn.RNNBase)
+        own = None
+        if gradients is not None:
+            own = {name: gradients[f"{site.path}.{name}"] for name, _ in module.named_parameters()}
+        return ranked(site, module, unit_scores(module, by, own))
+    total = torch.zeros(site.slots + 1, dtype=torch.float64)
+    for touch in site.touches:
+        made = touch.side != "in" and touch.path == site.path
+        if site.kind == "channels" and by == "magnitude" and not made:
+            continue
+        slot = torch.where(touch.owner < 0, site.slots, touch.owner)  # the last is that of no slot
+        total.index_add_(0, slot, _weighed(net, touch, by, gradients))
+    return replace(site, scores=total[:-1])
+
+
+def _weighed(net: nn.Module, touch: Touch, by: str, gradients: Mapping[str, Tensor] | None) -> Tensor:
+    """What each index of one side of a layer weighs."""
+    name = touch.path if touch.side.startswith("dim") else f"{touch.path}.weight"
+    value = dict(net.named_parameters()).get(name)
+    if value is None:
+        return torch.zeros(len(touch.owner), dtype=torch.float64)
+    weighed = (value * gradients[name]).abs() if by == "taylor" and gradients is not None else value**2
+    weighed = weighed.detach().double().cpu()
+    if touch.side.startswith("dim"):
+        return weighed.movedim(int(touch.side[3:]), 0).flatten(1).sum(dim=1)
+    module: Any = net.get_submodule(touch.path)
+    if getattr(module, "transposed", False):
+        weighed = weighed.transpose(0, 1)
+    if touch.side != "in":
+        found = weighed.flatten(1).sum(dim=1) if weighed.ndim > 1 else weighed
+    else:
+        # Inputs of a grouped convolution: place by place in each group of its outputs.
+        groups = getattr(module, "groups", 1)
+        grouped = weighed.view(groups, -1, *weighed.shape[1:]).transpose(1, 2).flatten(0, 1)
+        found = grouped.flatten(1).sum(dim=1)
+    return found if len(found) == len(touch.owner) else found.repeat(len(touch.owner) // len(found))
 
 
 def _asked(site: Site, keep: Sequence[str]) -> bool:

@@ -48,7 +48,8 @@ class Shell(nn.Module):
         outputs, *rest = found if isinstance(found, tuple) else (found,)
         dim = -1 if isinstance(self.inner, nn.RNNBase) else 1
         self.widths = inputs.shape[dim], outputs.shape[dim]
-        linked = Cut.apply(inputs, outputs)
+        # A layer that hears the net's inputs would leave no trace without a gradient to ask for.
+        linked = Cut.apply(inputs if inputs.requires_grad else inputs.detach().requires_grad_(), outputs)
         return (linked, *rest) if isinstance(found, tuple) else linked
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -123,12 +124,20 @@ def cut(net: nn.Module, sites: Sequence[Site], choice: Choice) -> nn.Module:
             _set(net.get_submodule(owner), last, gone, int(side[3:]))
         elif not side.startswith("unit"):
             _cut_layer(net.get_submodule(path), side, gone)
-    for path in dict.fromkeys(path for path, side in places if side.startswith("unit")):
+    for path in dict.fromkeys(path for path, _ in places if isinstance(_module(net, path), nn.RNNBase)):
         _cut_recurrent(net.get_submodule(path), {s: gone for (p, s), gone in places.items() if p == path})
     for number, slots in choice.items():
         if (finish := sites[number].finish) is not None and len(slots):
             finish(net, len(slots))
     return net
+
+
+def _module(net: nn.Module, path: str) -> nn.Module | None:
+    """The module of a path; None for that of a parameter."""
+    try:
+        return net.get_submodule(path)
+    except AttributeError:
+        return None
 
 
 def _set(module: nn.Module, name: str, gone: Tensor, dim: int) -> None:
@@ -150,8 +159,11 @@ def _cut_layer(module: Any, side: str, gone: Tensor) -> None:
         return  # cut whole, with its units
     if isinstance(module, CONVS):
         outs, ins = (1, 0) if module.transposed else (0, 1)
+        grouped = module.groups > 1 and side != "both"
         if side in ("out", "both"):
-            _set(module, "weight", gone, outs)
+            # Of a grouped transposed convolution the weights hold the outputs of one group, of another the inputs.
+            size = module.out_channels // module.groups
+            _set(module, "weight", torch.unique(gone % size) if grouped and module.transposed else gone, outs)
             module.out_channels -= count
             if module.bias is not None:
                 _set(module, "bias", gone, 0)
@@ -159,9 +171,8 @@ def _cut_layer(module: Any, side: str, gone: Tensor) -> None:
             module.in_channels -= count
             module.groups -= count
         if side == "in":
-            # Of a grouped convolution the same places go in each group.
             size = module.in_channels // module.groups
-            _set(module, "weight", torch.unique(gone % size) if module.groups > 1 else gone, ins)
+            _set(module, "weight", torch.unique(gone % size) if grouped and not module.transposed else gone, ins)
             module.in_channels -= count
     elif isinstance(module, nn.Linear):
         _set(module, "weight", gone, 0 if side == "out" else 1)
@@ -183,9 +194,15 @@ def _cut_layer(module: Any, side: str, gone: Tensor) -> None:
 def _cut_recurrent(module: Any, places: Mapping[str, Tensor]) -> None:
     """Units of each layer and direction go: rows of their gates, columns of what hears them."""
     units, directions = module.hidden_size, 1 + module.bidirectional
-    gone = {_direction(side): indices for side, indices in places.items() if side.startswith("unit")}
+    nothing = torch.empty(0, dtype=torch.int64)
+    gone = {
+        _direction(side): places.get(side, nothing)
+        for layer in range(module.num_layers)
+        for direction in range(directions)
+        for side in [f"unit{layer}.{direction}"]
+    }
     for layer in range(module.num_layers):
-        below = places.get("in", torch.empty(0, dtype=torch.int64))
+        below = places.get("in", nothing)
         if layer:
             before = [_direction(f"unit{layer - 1}.{direction}") for direction in range(directions)]
             below = torch.cat([gone[suffix] + number * units for number, suffix in enumerate(before)])
@@ -325,7 +342,7 @@ def sound(net: nn.Module, sites: Sequence[Site], inputs: Tensor) -> list[int]:
         sites: as they were found.
         inputs: a batch of two or more.
     """
-    subject = drawn(net)
+    subject = drawn(net, inputs)
     inputs = inputs.double()
 
     def good(numbers: Sequence[int]) -> bool:
@@ -349,7 +366,7 @@ def sound(net: nn.Module, sites: Sequence[Site], inputs: Tensor) -> list[int]:
     return search([number for number, site in enumerate(sites) if site.slots > 1])
 
 
-def exact(net: nn.Module, sites: Sequence[Site], choice: Choice, inputs: Tensor, tolerance: float = 1e-7) -> bool:
+def exact(net: nn.Module, sites: Sequence[Site], choice: Choice, inputs: Tensor, tolerance: float = 1e-8) -> bool:
     """Whether the net without slots gives what it gives with them at 0, relative to the largest output."""
     zeroed = zero(net, sites, choice)
     try:
@@ -372,8 +389,11 @@ def first_tensor(output: Any) -> Tensor:
 
 
 @torch.no_grad()
-def drawn(net: nn.Module) -> nn.Module:
-    """A copy in double precision whose norms, biases and bare scales hold random numbers away from 0."""
+def drawn(net: nn.Module, inputs: Tensor) -> nn.Module:
+    """A copy in double precision whose norms, biases and bare scales hold random numbers away from 0.
+
+    Batch norms hold the statistics of the inputs, so that signals neither die nor grow on their way through.
+    """
     made = copy.deepcopy(net).double().eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
 
@@ -388,8 +408,19 @@ def drawn(net: nn.Module) -> nn.Module:
         for name, value in named:
             if not value.is_floating_point():
                 continue
-            if name == "running_var" or (isinstance(module, (*NORMS, *MIXING)) and name == "weight"):
+            if name == "gamma" or (isinstance(module, (*NORMS, *MIXING)) and name == "weight"):
                 between(value, 0.5, 1.5)
-            elif name == "running_mean" or value.ndim == 1:
-                between(value, -0.5, 0.5) if name != "gamma" else between(value, 0.5, 1.5)
+            elif value.ndim == 1 and not name.startswith("running_"):
+                between(value, -0.5, 0.5)
+    norms: list[Any] = [module for module in made.modules() if isinstance(module, NORMS) and module.track_running_stats]
+    kept = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = 1.0
+        norm.train()
+    with contextlib.suppress(Exception):  # it is then judged with the statistics it has
+        made(inputs.double())
+    for norm, momentum in zip(norms, kept, strict=True):
+        norm.momentum = momentum
+        norm.eval()
     return made

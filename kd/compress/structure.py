@@ -29,7 +29,7 @@ Change = dict[str, Any]
 # What a layer knows of its own widths: torch's layers, and the attention of timm.
 WIDTHS: tuple[str, ...] = ("in_channels", "out_channels", "groups", "in_features", "out_features", "num_features")
 WIDTHS += ("num_channels", "num_groups", "normalized_shape", "num_heads", "head_dim", "attn_dim")
-WIDTHS += ("input_size", "hidden_size")
+WIDTHS += ("input_size", "hidden_size", "num_attention_heads", "all_head_size")
 SCALES = ("scale",)  # of a product of queries and keys
 
 

@@ -8,9 +8,10 @@ A chain stands among the stages under its own name:
       choices: {prune: ${prune}, lowrank: ${lowrank}, recover: ${recover}}
       after: recover                        # the choice that follows each step with `recover: true`
 
-A choice holds a stage's fields and, beside them, what is the chain's own: `recover`, whether a recovery follows it, and
-`teacher`, the stage that it hears (with the soft labels of that stage, if there are some). An item may be
-`{prune: {amount: 0.3}}`, which lays fields over the choice's. A stage with a `schedule` may make several of a step.
+A choice holds a stage's fields and, beside them, what is the chain's own: `recover`, whether a recovery follows it;
+`teacher`, the stage that it hears (with the soft labels of that stage, if there are some); `terms`, which stand in for
+its `objective` if there are some. An item may be `{prune: {amount: 0.3}}`, which lays fields over the choice's. A stage
+with a `schedule` may make several of a step.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from kd.errors import InputError, offer
 from kd.instantiate import resolve
 
 FIELDS = ("for_each", "start", "choices", "after")
-OWN = ("recover", "teacher")
+OWN = ("recover", "teacher", "terms")
 
 
 def steps(chain: Mapping[str, Any], made: Mapping[str, Any], where: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -99,4 +100,7 @@ def _stage(settings: Mapping[str, Any], before: Any, made: Mapping[str, Any], wh
         labels = [n for n, s in made.items() if s.get("_target_") == "kd.stages.SoftLabels"]
         heard = [name for name in labels if made[name].get("inputs") == {"teacher": teacher}]
         inputs |= {"labels": heard[0]} if heard else {}
-    return {**{name: value for name, value in settings.items() if name not in OWN}, "inputs": inputs}
+    stage = {name: value for name, value in settings.items() if name not in OWN}
+    if settings.get("terms"):
+        stage["objective"] = settings["terms"]
+    return {**stage, "inputs": inputs}

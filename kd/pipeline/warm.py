@@ -8,9 +8,14 @@ import timm
 import torch
 import torchmetrics
 
+import kd.compress.channels
+import kd.compress.heads
 import kd.compress.lowrank
 import kd.compress.masks
 import kd.compress.measure
+import kd.compress.prune
+import kd.compress.recurrent
+import kd.compress.sites
 import kd.compress.structure
 import kd.data.augment
 import kd.data.readers

@@ -3,11 +3,13 @@
 from kd.stages.base import Room, Stage
 from kd.stages.circle import Circle
 from kd.stages.compare import Compare
-from kd.stages.compress import FineTune, LowRank, Prune
+from kd.stages.finetune import FineTune
 from kd.stages.fingerprints import code_print, environment_print
 from kd.stages.image import Distil, Train
 from kd.stages.labels import SoftLabels
+from kd.stages.lowrank import LowRank
 from kd.stages.meta import MetaDistil
+from kd.stages.prune import Prune
 from kd.stages.quantize import Quantize
 
 __all__ = [

@@ -1,18 +1,16 @@
-"""The stages that make a trained network smaller, and the one that trains it again."""
+"""What the stages that make a trained network smaller have in common."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from kd.errors import InputError
-from kd.roles import teachers
-from kd.stages.base import Config, Room, Stage
-from kd.stages.image import FIT_SINCE, Distil
+from kd.stages.base import Config, Room
 from kd.store import Artifact
-from kd.training.settings import Run, one_of
+from kd.training.settings import Run
 
 if TYPE_CHECKING:
     import torch
@@ -20,278 +18,7 @@ if TYPE_CHECKING:
     from kd.data import Splits
     from kd.models import Normalised
 
-WHATS, BYS = ("weights",), ("taylor", "magnitude", "random")
-SCOPES = ("global", "layer")
-RANKS, FORMS = ("energy", "uniform"), ("svd", "spatial", "tucker")
 LOST = 0.5  # of what a network had above chance: when a stage loses more, the network is marked as collapsed
-
-
-@dataclass(frozen=True)
-class Prune:
-    """Remove what a network needs least.
-
-    Args:
-        data: the data set: what importance is found on, and what is measured.
-        seed: of the samples drawn, and of `by=random`.
-        what: `weights` sets single weights to 0.
-        amount: share that goes.
-        by: what is least: `taylor`, `magnitude` or `random`.
-        scope: `global` ranks all layers together, `layer` takes the share of each.
-        pattern: N:M keeps N of each M weights in a row; the amount follows from it.
-        samples: of the training split.
-        keep: layers that stay whole.
-    """
-
-    VERSION: ClassVar[int] = 1
-    SINCE: ClassVar[dict[str, Any]] = {}
-    PHASE: ClassVar[str] = "structure"
-
-    data: Config
-    seed: int
-    what: str
-    amount: float
-    by: str
-    scope: str
-    pattern: str | None
-    samples: int
-    keep: list[str]
-
-    @classmethod
-    def schedule(cls, settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        """The settings of each of the `steps` that lead to the amount.
-
-        >>> from kd.stages.compress import Prune
-        >>> [step["amount"] for step in Prune.schedule({"what": "weights", "amount": 0.6, "steps": 3})]
-        [0.2, 0.4, 0.6]
-        """
-        rest = {name: value for name, value in settings.items() if name != "steps"}
-        steps, amount = settings.get("steps", 1), settings["amount"]
-        if type(steps) is not int or steps < 1:
-            raise InputError(f"prune.steps={steps!r} is no number of steps; give 1 or more")
-        if steps > 1 and rest.get("pattern") is not None:
-            raise InputError(f"prune.steps={steps} and a pattern: a pattern is reached in one step")
-        for step in range(1, steps + 1):
-            yield {**rest, "amount": round(amount * step / steps, 12)} if steps > 1 else rest
-
-    @classmethod
-    def settled(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        """What changes nothing beside the others is neutral.
-
-        Raises:
-            InputError: at a value out of range.
-        """
-        from kd.compress.masks import pattern
-
-        found = {**config, "keep": sorted(set(_paths("prune.keep", config["keep"])))}
-        one_of("prune.what", found["what"], WHATS)
-        one_of("prune.by", found["by"], BYS)
-        one_of("prune.scope", found["scope"], SCOPES)
-        _share("prune.amount", found["amount"])
-        _samples("prune.samples", found["samples"])
-        if found["pattern"] is not None:
-            few, many = pattern(found["pattern"])
-            found |= {"amount": 1 - few / many, "scope": "layer"}
-        if found["by"] != "taylor":
-            found["samples"] = 0
-        return found
-
-    @classmethod
-    def unused(cls, config: Mapping[str, Any], inputs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-        """It reads its one input always."""
-        return {}
-
-    def check(self, inputs: Mapping[str, Stage | Artifact], room: Room) -> None:
-        """Prune a stand-in with weights that mean nothing.
-
-        Raises:
-            InputError: if a layer to keep is not there, or nothing can be pruned.
-        """
-        self.stand_in(inputs, room)
-
-    def stand_in(self, inputs: Mapping[str, Stage | Artifact], room: Room) -> Normalised:
-        """The network as this stage will shape it, with weights that mean nothing."""
-        net = room.stand_in(inputs["model"])
-        self._pruned(net, None)
-        return net
-
-    def run(self, inputs: Mapping[str, Artifact], out: Path, room: Room) -> dict[str, Any]:
-        """Prune, measure, save."""
-        return _compressed(self, inputs, out, room, self._pruned)
-
-    def _pruned(self, net: Normalised, calibration: Calibration | None) -> tuple[list[dict[str, Any]], list[str]]:
-        from kd.compress.masks import bake, choose, choose_pattern, maskable
-
-        _known(net, self.keep, "prune.keep")
-        weights = maskable(net.net, [*self.keep, *_classifier(net)])
-        if not weights:
-            raise InputError("prune.keep leaves no layer to prune; keep fewer")
-        scores = _scores(net, weights, self.by, self.seed, calibration)
-        said: list[str] = []
-        if self.pattern is None:
-            masks = choose(scores, self.amount, self.scope)
-        else:
-            chosen = {name: choose_pattern(score, self.pattern) for name, score in scores.items()}
-            masks = {name: mask for name, mask in chosen.items() if mask is not None}
-            said += [f"{n} stays whole: its inputs are no multiple of {self.pattern}" for n in chosen if n not in masks]
-            if not masks:
-                raise InputError(f"prune.pattern={self.pattern}: no layer has a multiple of so many inputs")
-        bake(net.net, masks)
-        return [{"kind": "masked", "tensors": dict.fromkeys(masks, self.pattern)}], said
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """Write layers as chains of thinner ones.
-
-    Args:
-        data: the data set, on which the network is measured.
-        seed: of the samples drawn.
-        by: `energy` or `uniform`.
-        budget: share of each layer's parameters that stays (`uniform`).
-        energy: share of each layer's squared singular values that stays (`energy`).
-        form: `svd`, `spatial` or `tucker`; linear layers know `svd` alone.
-        least: layers of fewer inputs stay whole.
-        keep: layers that stay whole.
-    """
-
-    VERSION: ClassVar[int] = 1
-    SINCE: ClassVar[dict[str, Any]] = {}
-    PHASE: ClassVar[str] = "structure"
-
-    data: Config
-    seed: int
-    by: str
-    budget: float
-    energy: float
-    form: str
-    least: int
-    keep: list[str]
-
-    @classmethod
-    def settled(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        """What changes nothing beside the others is neutral.
-
-        Raises:
-            InputError: at a value out of range.
-        """
-        found = {**config, "keep": sorted(set(_paths("lowrank.keep", config["keep"])))}
-        one_of("lowrank.by", found["by"], RANKS)
-        one_of("lowrank.form", found["form"], FORMS)
-        _share("lowrank.budget", found["budget"])
-        _share("lowrank.energy", found["energy"])
-        found["budget" if found["by"] == "energy" else "energy"] = None
-        return found
-
-    @classmethod
-    def unused(cls, config: Mapping[str, Any], inputs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-        """It reads its one input always."""
-        return {}
-
-    def check(self, inputs: Mapping[str, Stage | Artifact], room: Room) -> None:
-        """Factorise a stand-in with weights that mean nothing.
-
-        Raises:
-            InputError: if a layer to keep is not there.
-        """
-        self.stand_in(inputs, room)
-
-    def stand_in(self, inputs: Mapping[str, Stage | Artifact], room: Room) -> Normalised:
-        """The network as this stage will shape it, with weights that mean nothing."""
-        net = room.stand_in(inputs["model"])
-        self._factorised(net, None)
-        return net
-
-    def run(self, inputs: Mapping[str, Artifact], out: Path, room: Room) -> dict[str, Any]:
-        """Factorise, measure, save."""
-        return _compressed(self, inputs, out, room, self._factorised)
-
-    def _factorised(self, net: Normalised, calibration: Calibration | None) -> tuple[list[dict[str, Any]], list[str]]:
-        from kd.compress.lowrank import candidates, factorise, pays, rank_of_energy, rank_of_share
-        from kd.compress.structure import replace
-
-        _known(net, self.keep, "lowrank.keep")
-        layers = candidates(net.net, self.form, self.least, [*self.keep, *_classifier(net)])
-        chosen, said = {}, []
-        for path, (layer, form) in layers.items():
-            if self.by == "energy":
-                rank = rank_of_energy(layer, form, self.energy)
-            else:
-                rank = rank_of_share(layer, form, self.budget)
-            if rank is None or not pays(layer, form, rank):
-                said.append(f"{path} stays whole: thinner layers would not be smaller")
-                continue
-            replace(net.net, path, factorise(layer, form, rank))
-            chosen[path] = {"form": form, "rank": rank}
-        return [{"kind": "lowrank", "layers": chosen}], said
-
-
-@dataclass(frozen=True)
-class FineTune:
-    """Train a network that is there already, under any terms; what compression made of it stays.
-
-    Args:
-        data: the data set.
-        objective: its terms; a teacher among them is the input `teacher`.
-        fit: the schedule.
-        seed: of the order and, without ``views``, the augmentation.
-        views: as for `Distil`.
-        view_seed: as for `Distil`.
-        live: as for `Distil`.
-    """
-
-    VERSION: ClassVar[int] = 1
-    SINCE: ClassVar[dict[str, Any]] = {**FIT_SINCE, "views": None, "view_seed": None, "live": False}
-    PHASE: ClassVar[str] = "structure"
-
-    data: Config
-    objective: Config
-    fit: Config
-    seed: int
-    views: int | None
-    view_seed: int | None
-    live: bool
-
-    @classmethod
-    def settled(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        """As for `Distil`."""
-        return Distil.settled(config)
-
-    @classmethod
-    def unused(cls, config: Mapping[str, Any], inputs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-        """As for `Distil`."""
-        return Distil.unused(config, inputs)
-
-    def check(self, inputs: Mapping[str, Stage | Artifact], room: Room) -> None:
-        """Bind the terms on stand-ins of both networks.
-
-        Raises:
-            InputError: if a layer path is not there, or shapes cannot be bridged.
-        """
-        from kd.stages.image import rehearse
-
-        student = room.stand_in(inputs["model"])
-        heard = {role: room.stand_in(inputs[role]) for role in teachers(inputs)}
-        rehearse(self.data, student, heard, self.objective, self.fit, room)
-
-    def stand_in(self, inputs: Mapping[str, Stage | Artifact], room: Room) -> Normalised:
-        """The network as it came."""
-        return room.stand_in(inputs["model"])
-
-    def run(self, inputs: Mapping[str, Artifact], out: Path, room: Room) -> dict[str, Any]:
-        """Train, evaluate against the labels and the teacher, save."""
-        from kd.compress.masks import zeros
-        from kd.compress.structure import masked
-        from kd.models import load, recipe_of
-        from kd.stages.image import train_net
-        from kd.stages.splits import load_data
-
-        splits = load_data(self.data, room)
-        recipe = recipe_of(inputs["model"].path)
-        student = load(inputs["model"].path)
-        masks = zeros(student.net, list(masked(recipe.get("structure", []))))
-        heard = {role: artifact for role, artifact in inputs.items() if role != "model"}
-        result = train_net(self, student, heard, splits, out, room, recipe, masks)
-        return {**result, **_mark(result, inputs["model"], inputs.get("teacher"), splits, room)}
 
 
 @dataclass(frozen=True)
@@ -392,36 +119,50 @@ def _calibration(splits: Splits, samples: int, seed: int, size: int, run: Run) -
     return Calibration(torch.cat([b["image"] for b in batches]), torch.cat([b["target"] for b in batches]))
 
 
-def _scores(
-    net: Normalised,
-    weights: Mapping[str, torch.Tensor],
-    by: str,
-    seed: int,
-    calibration: Calibration | None,
-) -> dict[str, torch.Tensor]:
+def gradients(net: Normalised, calibration: Calibration) -> dict[str, torch.Tensor]:
+    """The gradient of the mean cross-entropy on the samples, by the names of the plain net's parameters."""
     import torch
     import torch.nn.functional as F
 
-    from kd.training.seeds import mix
+    named = dict(net.net.named_parameters())
+    found = {name: torch.zeros_like(value) for name, value in named.items()}
+    modes = {module: module.training for module in net.modules()}
+    net.eval()
+    for images, targets in zip(torch.split(calibration.images, 64), torch.split(calibration.targets, 64), strict=True):
+        loss = F.cross_entropy(net(images), targets, reduction="sum") / len(calibration.targets)
+        for name, value in zip(named, torch.autograd.grad(loss, list(named.values()), allow_unused=True), strict=True):
+            if value is not None:
+                found[name] += value
+    for module, mode in modes.items():
+        module.training = mode
+    return found
 
-    if by == "random":
-        generator = torch.Generator().manual_seed(mix(seed, "prune"))
-        return {name: torch.rand(value.shape, generator=generator) for name, value in weights.items()}
-    if by == "taylor" and calibration is not None:
-        net.zero_grad()
-        torch.autograd.backward(F.cross_entropy(net.eval()(calibration.images), calibration.targets))
-        found = {n: (v.detach() * v.grad).abs() for n, v in weights.items() if v.grad is not None}
-        net.zero_grad()
-        return found
-    return {name: value.detach().abs() for name, value in weights.items()}
+
+def probe(net: Normalised, data: Config) -> torch.Tensor:
+    """Two samples that are noise as the plain net takes it, the same ones always."""
+    import torch
+
+    shape = (2, int(data["channels"]), int(data["size"]), int(data["size"]))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-def _classifier(net: Normalised) -> list[str]:
-    """The path of the layer that makes the logits, which stays whole."""
+def _classifier(net: Normalised, data: Config) -> str:
+    """The path of the layer that makes the logits, which stays whole: the last of those with a matrix to be run."""
     from torch import nn
 
-    layers = [path for path, module in net.net.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-    return layers[-1:]
+    from kd.compress.measure import looking
+
+    ran: list[str] = []
+    handles = [
+        module.register_forward_hook(lambda *_, path=path: ran.append(path))
+        for path, module in net.net.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+    ]
+    with looking(net.net):
+        net.net(probe(net, data))
+    for handle in handles:
+        handle.remove()
+    return ran[-1] if ran else ""
 
 
 def _known(net: Normalised, paths: Sequence[str], where: str) -> None:

@@ -69,6 +69,13 @@ def test_a_recovery_can_be_a_step_and_hear_the_student_live() -> None:
     assert found["prune_recover"]["inputs"] == {"model": "prune", "teacher": "student"}
 
 
+def test_terms_of_its_own_stand_in_for_the_objective() -> None:
+    for terms, expected in (({}, "theirs"), ({"ce": 1}, {"ce": 1})):
+        recover = {**RECOVER, "objective": "theirs", "terms": terms}
+        found = made(["prune"], choices={"recover": recover})["prune_recover"]
+        assert found["objective"] == expected and "terms" not in found
+
+
 def test_no_step_leaves_what_was_there_and_a_later_stage_gets_the_last() -> None:
     stages = chain([])
     stages["last"] = {"_target_": "L", "inputs": {"model": "steps"}}
