@@ -381,18 +381,21 @@ def list_(
     pattern: Annotated[
         str | None, typer.Argument(help="model: a timm pattern such as 'resnet*'; layers: a network's name.")
     ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a markdown table.")] = False,
     as_json: Json = False,
 ) -> None:
     """List what can be composed, with one line each.
 
     Example: kd list model 'mobilenetv3*'
     """
-    from kd.listing import listing
+    from kd.listing import as_markdown, listing
     from kd.views import rows_table
 
     rows = listing(what, pattern)
     if as_json:
         _json(rows)
+    elif markdown:
+        sys.stdout.write(as_markdown(rows) + "\n")
     else:
         console = _console()
         console.print(rows_table(rows, console.width))

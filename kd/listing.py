@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,10 @@ if TYPE_CHECKING:
 GROUPS = ("loss", "recipe", "mix", "data", "pair", "fit", "pipeline", "run", "experiments")
 KINDS = (*GROUPS, "model", "stage", "layers")
 _PAPER = re.compile(r"(?P<method>[^:]+) \((?P<paper>[^()]*\b(?:19|20)\d\d)\): (?P<about>.+)")
-_FAMILIES = {"logits": "response", "self_taught": "response"} | dict.fromkeys(
+_FAMILIES = dict.fromkeys(("logits", "self_taught", "softened", "exits"), "response") | dict.fromkeys(
     ("maps", "flow", "boundary", "across"), "feature"
 )  # of the others the module's name is the family's
+_FAMILIES["likeliest"] = "sequence"
 
 
 def listing(what: str, pattern: str | None = None) -> list[dict[str, Any]]:
@@ -84,11 +86,33 @@ def _term(name: str) -> dict[str, Any]:
     layers = {"student": "student.<layer>", "teacher": "teacher.<layer>", "feature": "student.<layer>"}
     named = [layers[k] if term[k] == "???" else term[k] for k in (*layers, "target", "row") if k in term]
     views = [str(view) for several in named for view in (several if isinstance(several, list) else [several])]
-    module = str(term["loss"]["_target_"]).split(".")[-2]
+    loss = term["loss"]
+    while "loss" in loss:  # one that is given embedded or standardised features is of its own family
+        loss = loss["loss"]
+    module = str(loss["_target_"]).split(".")[-2]
     # ${alpha} and ${complement:${alpha}}, as one would say them.
     weight = re.sub(r"\$\{(\w+)\}", r"\1", str(term["weight"]))
     weight = re.sub(r"\$\{complement:(\w+)\}", r"1 - \1", weight)
     return {"family": _FAMILIES.get(module, module), "views": ", ".join(views), "weight": weight}
+
+
+def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    r"""Rows as a markdown table, their names as code.
+
+    >>> print(as_markdown([{"name": "a", "about": "x|y"}, {"name": "b", "about": "<z>"}]))
+    | name | about |
+    | :-- | :-- |
+    | `a` | x\|y |
+    | `b` | &lt;z> |
+    """
+    names = list(dict.fromkeys(name for row in rows for name in row))
+
+    def cell(name: str, value: Any) -> str:
+        text = " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")
+        return f"`{text}`" if text and name in ("name", "path") else text
+
+    body = [[cell(name, row.get(name, "")) for name in names] for row in rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [names, [":--"] * len(names), *body])
 
 
 def _models(pattern: str | None) -> list[dict[str, Any]]:

@@ -8,9 +8,10 @@ import sys
 
 import pytest
 
+from kd.cli import main
 from kd.config import conf_dir
 from kd.errors import InputError
-from kd.listing import GROUPS, KINDS, listing
+from kd.listing import GROUPS, KINDS, as_markdown, listing
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -29,7 +30,7 @@ def test_a_loss_is_listed_with_what_it_reads_and_weighs():
     assert rows["uskd"]["views"] == "student.logits, student.stage3, batch.target"
     assert rows["crd"]["views"] == "student.embedding, teacher.embedding, batch.target, batch.row"
     assert rows["reviewkd"]["views"] == "student.stages, student.embedding, teacher.stages, teacher.embedding"
-    assert rows["pskd"]["views"] == "student.logits, teacher.<layer>, batch.target"
+    assert rows["pskd"]["views"] == "student.logits, earlier.logits, batch.target"
     assert rows["crd"]["family"] == "contrastive"
     assert {rows[name]["family"] for name in ("at", "vid", "fsp", "ofd", "reviewkd")} == {"feature"}
     assert rows["dkd"]["weight"] == "1.0" and rows["dkd"]["views"] == "student.logits, teacher.logits, batch.target"
@@ -43,6 +44,26 @@ def test_a_loss_is_listed_with_its_paper_and_the_year():
     without = {name for name, row in rows.items() if not re.search(r"\b(19|20)\d\d$", row["paper"])}
     assert without == {"ce"}, "the first line of a file in conf/loss is: method (authors and year): what it does"
     assert not any("(" in row["paper"] or row["about"].startswith(":") for row in rows.values())
+
+
+def test_a_loss_that_is_given_other_features_is_of_its_own_family():
+    rows = {row["name"]: row for row in listing("loss")}
+    assert rows["infonce"]["family"] == "contrastive"  # of embedded features
+    assert rows["lskd"]["family"] == rows["ctkd"]["family"] == rows["ofa_exits"]["family"] == "response"
+    assert {row["family"] for row in rows.values()} == {"response", "feature", "relation", "contrastive", "sequence"}
+
+
+def test_rows_are_written_as_markdown(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["list", "loss", "--markdown"])
+    head, rule, *body = capsys.readouterr().out.splitlines()
+    assert ended.value.code == 0 and len(body) == len(listing("loss"))
+    assert head == "| name | family | views | weight | paper | about |" and rule.count(":--") == 6
+    (dkd,) = (line for line in body if line.startswith("| `dkd` |"))
+    assert dkd.startswith(
+        "| `dkd` | response | student.logits, teacher.logits, batch.target | 1.0 | Zhao et al. 2022 | DKD"
+    )
+    assert as_markdown([{"name": "a", "about": "1|2\n<x>"}]).endswith("| `a` | 1\\|2 &lt;x> |")
 
 
 def test_losses_are_listed_without_torch():

@@ -17,9 +17,10 @@ from typer.main import get_command
 from kd.cli import app
 from kd.config import Job, jobs
 from kd.launch import sweep_id
-from kd.listing import KINDS
+from kd.listing import KINDS, as_markdown, listing
 from kd.pipeline.launchers import split_words
 from kd.pipeline.plan import plan
+from kd.report.markdown import update_markdown
 from kd.store import short
 from tests.pipeline.small import WORDS
 
@@ -158,3 +159,10 @@ def test_a_part_of_it_is_run(tmp_path: Path) -> None:
     assert "ran 1 teacher, 1 labels, 1 student" in ran
     assert known and known in listed
     assert "bit-identical" in verdict
+
+
+def test_the_table_of_losses_is_the_commands(tmp_path: Path) -> None:
+    """Mend it by `kd list loss --markdown`, pasted between the markers."""
+    page = tmp_path / "README.md"
+    page.write_text(README, encoding="utf-8")
+    assert not update_markdown(page, "losses", as_markdown(listing("loss")))
