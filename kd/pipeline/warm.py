@@ -29,6 +29,7 @@ import kd.losses.flow
 import kd.losses.layers
 import kd.losses.logits
 import kd.losses.maps
+import kd.losses.own_exits
 import kd.losses.relation
 import kd.losses.response
 import kd.losses.self_taught

@@ -19,6 +19,7 @@ import kd.losses.layers
 from kd.errors import InputError
 from kd.losses.across import ReviewKD, SemCKD
 from kd.losses.boundary import AB, OFD
+from kd.losses.collaborative import General, Linear, MinLogit, Naive
 from kd.losses.contrastive import CRD, InfoNCE
 from kd.losses.ensemble import ByConfidence, ByCrossEntropy, Each, Gate, MeanLogits, MeanProbabilities, RandomChoice
 from kd.losses.exits import OFA, OFAExits
@@ -27,6 +28,7 @@ from kd.losses.flow import FSP, KDSVD
 from kd.losses.likeliest import TopKKL
 from kd.losses.logits import CrossEntropy, LogitMSE, SoftTargetCrossEntropy, SoftTargetKL, Standardised
 from kd.losses.maps import AT, CATKD, CWD, FT, NST, ATNorm, ParaphrasedFT
+from kd.losses.own_exits import BYOT
 from kd.losses.relation import CC, CCRBF, PKT, RKD, SP, Embedded
 from kd.losses.response import DIST, DKD, MLKD, NKD, WSLD
 from kd.losses.self_taught import PSKD, USKD, LabelSmoothing, TfKDReg, TfKDSelf
@@ -48,7 +50,7 @@ Shapes = list[tuple[int, ...]]
 class Step(nn.Module):
     """A loss as a step of training calls it: the generator set before it, its layers in lists."""
 
-    def __init__(self, loss: nn.Module, layers: tuple[Shapes, Shapes] | None, teachers: int | None = None) -> None:
+    def __init__(self, loss: nn.Module, layers: tuple[Shapes, ...] | None, teachers: int | None = None) -> None:
         super().__init__()
         self.loss, self.layers, self.teachers = loss, layers, teachers
 
@@ -70,6 +72,11 @@ def listed(student: Shapes, teacher: Shapes) -> dict[str, Any]:
     return {"student": wide[0], "teacher": wide[1], "layers": (student, teacher), "flat": True, "widths": True}
 
 
+def alone(student: Shapes) -> dict[str, Any]:
+    """A case of a list of the student's layers, and none of a teacher's."""
+    return {"student": (student[0][0], sum(math.prod(shape[1:]) for shape in student)), "layers": (student,)}
+
+
 @dataclass(frozen=True)
 class Case:
     """A loss, the shapes it is given, and what its formula says."""
@@ -84,7 +91,7 @@ class Case:
     flat: bool = False  # it takes features of any shape as one vector a sample
     widths: bool = False  # student and teacher may be of two widths
     constants: bool = False  # it has weights made of the student, which its gradient takes as they are
-    layers: tuple[Shapes, Shapes] | None = None  # it takes lists: the tensors are these shapes, side by side
+    layers: tuple[Shapes, ...] | None = None  # it takes lists: the tensors are these shapes, side by side
     row: bool = False  # it is given each sample's row in a split of 20
     classes: int | None = None  # where the student gives features, and the target is of so many classes
     teachers: int | None = None  # it takes a list of as many teachers' logits: the tensor is these, side by side
@@ -96,7 +103,7 @@ class Case:
             teachers: Any = self.teachers and [self.student] * self.teachers
             given: tuple[Any, ...] = self.student, teachers or self.teacher, self.feature
             if self.layers:
-                given = tuple(shapes if len(shapes) > 1 else shapes[0] for shapes in self.layers)
+                given = (*(shapes if len(shapes) > 1 else shapes[0] for shapes in self.layers), self.feature)
             loss.bind(*(shape for shape in (*given, (20,) if self.row else None) if shape))
         return Step(loss, self.layers, self.teachers).to(dtype)
 
@@ -143,6 +150,7 @@ LOSSES = [
     Case("wttm", WTTM),
     Case("ofa", lambda: OFA(power=1.5), target=True),
     Case("ofa_exits", lambda: OFAExits(power=1.5), **listed(DEEP, [(8, 5)]), target=True, classes=5),
+    Case("byot", BYOT, teacher=None, target=True, classes=5, feature=(8, 5), **alone(DEEP)),
     Case("ofa_exits of tokens", OFAExits, (8, 5, 4), (8, 6), target=True, classes=6),
     Case("ctkd", lambda: LearnedTemperatureKL(end=1.0), zero_at_identity=True),  # at 1, the gradient of the value
     Case("label_smoothing", LabelSmoothing, teacher=None, target=True),
@@ -203,6 +211,10 @@ LOSSES = [
     Case("mean_probabilities", lambda: MeanProbabilities(SoftTargetKL(4.0)), **THREE),
     Case("mean_probabilities by weights", lambda: MeanProbabilities(DIST(), [3, 1, 2], 2.0), **THREE),
     Case("confidence", lambda: ByConfidence(SoftTargetKL(4.0)), **THREE),
+    Case("kdcl naive", lambda: Naive(SoftTargetKL(4.0)), target=True, **THREE),
+    Case("kdcl linear", lambda: Linear(SoftTargetKL(4.0)), target=True, **THREE),
+    Case("kdcl minlogit", lambda: MinLogit(SoftTargetKL(4.0)), target=True, **THREE),
+    Case("kdcl general", lambda: General(SoftTargetKL(4.0)), **THREE),
     Case("cross_entropy", lambda: ByCrossEntropy(SoftTargetKL(4.0)), target=True, **THREE),
     Case("gate", lambda: Gate(SoftTargetKL(4.0)), constants=True, **THREE),
     Case("gate of maps", lambda: Gate(NKD()), target=True, feature=(8, 3, 4, 4), constants=True, **THREE),
