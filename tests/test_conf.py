@@ -26,6 +26,7 @@ LATE = {
 }
 MIXES = ("MeanLogits", "MeanProbabilities", "ByConfidence", "ByCrossEntropy", "Gate", "RandomChoice", "Each")
 LATE |= {f"kd.losses.ensemble.{mix}": ("loss",) for mix in MIXES}  # that of each term that it is laid over
+LATE |= {f"kd.losses.collaborative.{mix}": ("loss",) for mix in ("Naive", "Linear", "MinLogit", "General")}
 LOGGERS = ["pytorch_lightning.loggers"]  # allowed under run.logger alone
 # A layer for each view that a file of conf/loss leaves open.
 LAYERS = {"student": "student.conv3", "teacher": "teacher.conv3", "feature": "student.conv3"}

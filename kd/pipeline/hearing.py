@@ -4,8 +4,9 @@ A stage of a pipeline with inputs `teacher1`, `teacher2`, … may hold a `mix` b
 whose `loss` takes another loss into it (`kd.losses.ensemble`). Then a term that reads `teacher.logits` reads
 `[teacher1.logits, teacher2.logits]` through that, and takes over what else the mix names (its target, a feature). A
 term that reads anything else of `teacher` becomes a term for each of them, with its share of the weight. Terms that
-name `teacher1` or `teacher2` themselves stay as they are. Where there is one teacher, it is `teacher`, whatever the
-mix: a chain of one hop has the keys of a plain distillation.
+name `teacher1` or `teacher2` themselves stay as they are. In a stage with `peers` the teachers of each network are
+those that it hears. Where there is one teacher, it is `teacher`, whatever the mix: a chain of one hop has the keys of a
+plain distillation.
 """
 
 from __future__ import annotations
@@ -42,19 +43,39 @@ def heard(stage: Mapping[str, Any], where: str) -> dict[str, Any]:
         return dict(stage)
     mix, found = stage["mix"], {name: value for name, value in stage.items() if name != "mix"}
     inputs = dict(stage.get("inputs") or {})
+    if "peers" in stage:
+        several = [f"teacher{number}" for number in range(1, _company(stage, inputs) + 1)]
+        if len(several) < 2:
+            return found
+        own = {name: _spread(stage.get(name), mix, several, where) for name in ("objective", "back")}
+        return {**found, **own}
     roles = teachers(inputs)
     if len(roles) < 2:
         found["inputs"] = {plain(role): source for role, source in inputs.items()}
         return found
+    return {**found, "objective": _spread(stage.get("objective"), mix, roles, where)}
+
+
+def _company(stage: Mapping[str, Any], inputs: Mapping[str, Any]) -> int:
+    """How many networks each member of a circle hears."""
+    peers = stage["peers"]
+    count = len(peers) if isinstance(peers, list) and peers else stage.get("copies")
+    if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+        return 0  # the stage itself refuses it
+    return count + ("teacher" in inputs) + (stage.get("hears") == "all")
+
+
+def _spread(objective: Any, mix: Any, roles: list[str], where: str) -> dict[str, Any]:
+    """The terms of an objective written out for several teachers."""
     if not isinstance(mix, Mapping) or not isinstance(mix.get("loss"), Mapping) or "_target_" not in mix["loss"]:
         raise InputError(f"{where}.mix={mix!r} is no mix of teachers; choose one, e.g. mix=mean_probabilities")
     terms: dict[str, Any] = {}
-    for name, term in dict(stage.get("objective") or {}).items():
+    for name, term in dict(objective or {}).items():
         for written, one in _written(name, term, mix, roles, where).items():
             if written in terms:
                 raise InputError(f"{where}: two terms are called {written!r}; give one of them another name")
             terms[written] = one
-    return {**found, "objective": terms}
+    return terms
 
 
 def _written(name: str, term: Any, mix: Mapping[str, Any], roles: list[str], where: str) -> dict[str, Any]:

@@ -36,6 +36,34 @@ def test_a_student_that_hears_nobody_has_the_bits_of_the_student_alone(tmp_path)
     assert together["weights"] == alone["weights"]
 
 
+def test_peers_start_apart_and_each_ends_as_a_network_of_its_own(tmp_path):
+    _, card = made(tmp_path, *MUTUAL, "students=[seed_cnn_small,seed_cnn]")
+    folder = Store(tmp_path).get(card["key"]).path
+    peers = [load(folder, name) for name in ("model", "peer1", "peer2")]
+    assert len({weights_digest(net) for net in peers}) == 3
+    assert type(peers[2].net).__name__ == "SeedCNN"
+    names = {"ce", "kd", "peer1_ce", "peer1_kd", "peer2_ce", "peer2_kd", "loss"}
+    assert {f"train/{name}" for name in names} <= set(card["trace"]["epochs"][0])
+    assert {"peer1/test_accuracy", "peer2/val_accuracy"} <= set(card["metrics"])
+
+
+def test_who_hears_several_hears_their_mix(tmp_path):
+    one, _ = planned(tmp_path, *MUTUAL, "students=[seed_cnn_small,seed_cnn]", "mix=each", "loss=[ce,kd,hint]")
+    terms = one.nodes[-1].config["objective"]
+    assert terms["kd"]["teacher"] == ["teacher1.logits", "teacher2.logits"]
+    assert terms["kd"]["loss"]["_target_"].endswith("Each")
+    assert terms["hint_teacher2"]["teacher"] == "teacher2.middle"
+
+
+@pytest.mark.parametrize("mix", ["kdcl_naive", "kdcl_linear", "kdcl_minlogit", "kdcl_general"])
+def test_a_circle_learns_from_what_all_of_it_says(mix, tmp_path):
+    words = ("recipe=kdcl", f"mix={mix}", "student.name=seed_cnn_small")
+    one, _ = planned(tmp_path, *words)
+    assert one.nodes[-1].config["objective"]["kd"]["teacher"] == ["teacher1.logits", "teacher2.logits"]
+    _, card = made(tmp_path, *words, "run.validate_every=0")
+    assert card["trace"]["epochs"][-1]["train/peer1_kd"] > 0
+
+
 def test_the_student_moves_by_what_its_peer_says(tmp_path):
     _, hearing = made(tmp_path, *MUTUAL, "alpha=0.5")
     _, deaf = made(tmp_path, *MUTUAL, "alpha=0.5", "loss=[ce]")
