@@ -350,6 +350,31 @@ def reproduce_(
     raise typer.Exit(verdict.exit_code)
 
 
+@app.command("export")
+def export_(
+    hash_: Annotated[str, typer.Argument(metavar="HASH", help="A run whose last stage made a network or a file.")],
+    out: Annotated[Path, typer.Argument(metavar="FOLDER", help="Made; it must not hold anything.")],
+    format_: Annotated[str | None, typer.Option("--format", help="onnx or pt2; by default onnx.")] = None,
+    store: StoreDir = ".kd",
+    as_json: Json = False,
+) -> None:
+    """Write what a model needs where it is used: its file, how images are made into its input, its card, a script.
+
+    A network that is no file yet becomes one first, and is measured as one; with pt2 the script needs torch.
+
+    Example: kd export 3f2a out/
+    """
+    from kd.exporting import export
+
+    found = export(hash_, out, store, format_)
+    if as_json:
+        _json(found)
+    else:
+        for name, size in found["files"].items():
+            sys.stdout.write(f"{size:>12,} bytes  {Path(found['folder']) / name}\n")
+        sys.stdout.write(f"python {Path(found['folder']) / 'run.py'} IMAGE\n")
+
+
 @app.command("report")
 def report(
     what: Annotated[

@@ -27,7 +27,13 @@ from kd.pipeline.hearing import heard
 from kd.schedules import complemented, is_schedule, schedule_of
 from kd.training.settings import Fit, Run, require, typed
 
-STEPS = {"prune", "lowrank", "quantize", "recover"}  # what a list of compress may name, each a group of its own
+STEPS = {
+    "prune",
+    "lowrank",
+    "quantize",
+    "export",
+    "recover",
+}  # what a list of compress may name, each a group of its own
 ROOT_KEYS = {"teacher", "student", "data", "loss", "fit", "teacher_fit", "labels", "pipeline", "run", *STEPS}
 ROOT_KEYS |= {"mix", "assistant_fit"} | {"circle", "back"}  # of several teachers; of networks that learn together
 # Of models, for the pipelines that have several; and of steps.

@@ -342,6 +342,9 @@ def show_view(artifact: Artifact, store: Store) -> Group:
     sections = {
         "metrics": card.get("metrics", {}),
         "cost": card.get("cost", {}),
+        "latency": _leaves(card["latency"]) if card.get("latency") else {},
+        "export": _leaves(card["export"]) if card.get("export") else {},
+        "sensitivity": _leaves(card["sensitivity"]) if card.get("sensitivity") else {},
         "time": card.get("time", {}),
         "dials": card.get("dials", {}),
         "bindings": dict(line.split(" <- ", 1) if " <- " in line else (line, "") for line in card.get("bindings", [])),

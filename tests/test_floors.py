@@ -25,7 +25,7 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("pipeline", "report"),
     ("config",),
     ("launch", "listing", "reporting", "spaces", "views"),
-    ("benching", "doctoring", "tuning"),
+    ("benching", "doctoring", "exporting", "tuning"),
     ("cli",),
     ("__main__",),
 )

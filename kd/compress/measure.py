@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 Cost = dict[str, int | float]
@@ -54,15 +57,16 @@ def macs(net: nn.Module, shape: Sequence[int]) -> int:
     15
     """
     blank = hollow(net)
-    dtype = next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.get_default_dtype())
     counter = FlopCounterMode(display=False)
     with looking(blank), counter:
-        blank(torch.empty(1, *shape, dtype=dtype, device="meta"))
+        blank(torch.empty(1, *shape, dtype=_dtype(net), device="meta"))
     return int(counter.get_total_flops()) // 2
 
 
 def hollow(net: nn.Module) -> nn.Module:
     """A copy of a net without data, on the device `meta`: it takes neither time nor memory, and knows all shapes.
+
+    Quantised layers compute in float there.
 
     >>> hollow(nn.Linear(3, 5))(torch.empty(2, 3, device="meta")).shape
     torch.Size([2, 5])
@@ -72,7 +76,66 @@ def hollow(net: nn.Module) -> nn.Module:
         id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False) for p in net.parameters()
     }
     blank |= {id(b): torch.empty_like(b, device="meta") for b in net.buffers()}
-    return copy.deepcopy(net, blank)
+    empty = copy.deepcopy(net, blank)
+    for module in empty.modules():
+        if "quant" in vars(module):
+            module.quant.active = False  # type: ignore[union-attr]
+    return empty
+
+
+def _dtype(net: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.get_default_dtype())
+
+
+def activation_bytes(net: nn.Module, shape: Sequence[int]) -> int:
+    """The most bytes that the tensors of one sample's pass hold at a time: its input and all that is made, no weights.
+
+    Counted on a copy without data, so neither a device nor its allocator has a part in it.
+
+    Args:
+        net: any module of one input.
+        shape: of one sample, such as (C, H, W).
+
+    >>> activation_bytes(nn.Sequential(nn.Linear(2, 8), nn.Linear(8, 4)), (2,))  # 2 + 8 + 4 numbers
+    56
+    """
+    empty, held = hollow(net), _Held()
+    images = torch.empty(1, *shape, dtype=_dtype(net), device="meta")
+    held.add(images)
+    with looking(empty), held:
+        empty(images)
+    return held.most
+
+
+class _Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the memory of the tensors that are alive, each storage once."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.sizes: dict[int, int] = {}
+        self.now = self.most = 0
+
+    def add(self, tensor: Tensor) -> None:
+        """Count a tensor's memory until it is let go of."""
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.sizes:
+            self.sizes[storage._cdata] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self.drop, storage._cdata)
+
+    def drop(self, key: int) -> None:
+        """It is let go of."""
+        self.now -= self.sizes.pop(key, 0)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation and count what it makes: no weight, and nothing that looks at what is there."""
+        output = func(*args, **(kwargs or {}))
+        known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in known:
+                self.add(tensor)
+        return output
 
 
 def stored_bytes(net: nn.Module) -> int:
@@ -119,7 +182,10 @@ def milliseconds(net: nn.Module, shape: Sequence[int], batch: int, repeats: int 
 
 
 def cost(net: nn.Module, shape: Sequence[int], latency: bool = True, repeats: int = 30, seconds: float = 3.0) -> Cost:
-    """A net's price: `parameters`, `macs` of one sample, `bytes` on disk, `latency_ms_batch1`, `latency_ms_batch64`.
+    """A net's price: what it holds, computes and takes.
+
+    `parameters`, and of them `nonzero`; `macs` and `activation_bytes` of one sample; `bytes` of its file of weights;
+    `latency_ms_batch1`, `latency_ms_batch64`.
 
     Args:
         net: any module of one input; left as it was found.
@@ -129,12 +195,14 @@ def cost(net: nn.Module, shape: Sequence[int], latency: bool = True, repeats: in
         seconds: limit on the timed passes of a batch size.
 
     >>> cost(nn.Linear(3, 5), (3,), latency=False)
-    {'parameters': 20, 'macs': 15, 'bytes': 208}
+    {'parameters': 20, 'nonzero': 20, 'macs': 15, 'bytes': 208, 'activation_bytes': 32}
     """
     found: Cost = {
         "parameters": sum(parameter.numel() for parameter in net.parameters()),
+        "nonzero": sum(int(parameter.count_nonzero()) for parameter in net.parameters()),
         "macs": macs(net, shape),
         "bytes": stored_bytes(net),
+        "activation_bytes": activation_bytes(net, shape),
     }
     if latency:
         found |= {f"latency_ms_batch{batch}": milliseconds(net, shape, batch, repeats, seconds) for batch in BATCHES}

@@ -232,7 +232,7 @@ def begin(
         net: the plain net.
         how: one of `HOWS`.
         bits: 8 or 4; `dynamic` knows 8 alone.
-        block: of `weights`: inputs of a linear layer that share a step.
+        block: inputs of a linear layer that share a step; None: all of an output.
         layers: by path, with the range of what each is given where `how` is static.
         ranges: what of a batch its range is.
 
@@ -247,7 +247,7 @@ def begin(
             setattr(module, "quant", Quant(how, bits))  # noqa: B010
             continue
         module.__class__ = PLAIN[type(module)]
-        own = block if how == "weights" and isinstance(module, nn.Linear) else None
+        own = block if isinstance(module, nn.Linear) else None
         module.quant = Quant(how, bits, own, ranges=ranges)  # type: ignore[assignment]
         if how == "static":
             assert known is not None
@@ -311,7 +311,7 @@ def restore(net: nn.Module, change: Mapping[str, Any]) -> None:
             setattr(module, "quant", Quant(how, bits))  # noqa: B010
             continue
         module.__class__ = PLAIN[type(module)]
-        own = block if how == "weights" and isinstance(module, nn.Linear) else None
+        own = block if isinstance(module, nn.Linear) else None
         module.quant = Quant(how, bits, own, step, zero or 0)
 
 

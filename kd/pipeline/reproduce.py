@@ -23,6 +23,7 @@ from kd.training.settings import Fit, typed
 # What two machines or thread counts may differ by before it is another result: shares of 1, then losses.
 SHARE, PER_CLASS, RELATIVE = 0.005, 0.02, 0.05
 COSTS = ("parameters", "macs", "bytes")  # the costs that no clock has a part in
+MODELS = (".safetensors", ".onnx", ".pt2")  # files whose bytes follow from the config
 MOST_THREADS = 1024
 _STAGE_NAME = re.compile(r"[A-Za-z_][\w-]*")
 EXIT = {"bit-identical": 0, "within tolerance": 0, "within seed spread": 0, "differs": 1, "inconclusive": 3}
@@ -239,12 +240,12 @@ def _stage(node: Node, first: Mapping[str, Any], second: Mapping[str, Any]) -> d
 
 
 def _same_files(recorded: Mapping[str, Any], again: Mapping[str, Any]) -> bool:
-    """Whether the tensor files came out the same; the history holds cadences that `run/` may change.
+    """Whether weights and models came out the same; the history holds cadences that `run/` may change.
 
     A file that the older kd did not write yet says nothing.
     """
     now = again.get("files", {})
-    files = {name: f for name, f in recorded.get("files", {}).items() if name.endswith(".safetensors")}
+    files = {name: f for name, f in recorded.get("files", {}).items() if name.endswith(MODELS)}
     return all(name in now and now[name]["sha256"] == f["sha256"] for name, f in files.items())
 
 

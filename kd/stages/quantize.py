@@ -39,7 +39,7 @@ class Quantize:
         how: `static`, weights and activations; `dynamic`, linear and recurrent layers, whose activations' range is
             each batch's own; `weights`, weights alone.
         bits: of a weight.
-        block: inputs of a linear layer that share a step, for `weights`.
+        block: inputs of a linear layer that share a step, for `weights` of 4 bits.
         samples: of the training split.
         ranges: `minmax` or `percentile`.
         keep: layers that stay in float.
@@ -94,7 +94,7 @@ class Quantize:
             raise InputError(f"quantize.samples={samples!r} is too few to find ranges on: give {LEAST} or more")
         sound = tolerance is None or (isinstance(tolerance, (int, float)) and not isinstance(tolerance, bool))
         require(sound and (tolerance is None or 0 <= tolerance < 1), "quantize.tolerance", tolerance, "from 0 to 1")
-        if found["how"] == "weights":
+        if found["how"] == "weights" and found["bits"] == 4:
             require(found["block"] in BLOCKS, "quantize.block", found["block"], ", ".join(map(str, BLOCKS)))
         else:
             found["block"] = None

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from kd.compress import measure
-from kd.compress.measure import cost, looking, macs, milliseconds, stored_bytes
+from kd.compress.measure import activation_bytes, cost, looking, macs, milliseconds, stored_bytes
 from kd.models import Normalised, Taps, create
 
 
@@ -63,10 +63,19 @@ def test_cost_is_plain_data_with_all_its_keys() -> None:
     net = create("seed_cnn_small", num_classes=10, in_chans=1, size=28)
     found = cost(net, (1, 28, 28), repeats=3)
     assert json.loads(json.dumps(found)) == found
-    assert list(found) == ["parameters", "macs", "bytes", "latency_ms_batch1", "latency_ms_batch64"]
+    assert list(found) == [
+        "parameters",
+        "nonzero",
+        "macs",
+        "bytes",
+        "activation_bytes",
+        "latency_ms_batch1",
+        "latency_ms_batch64",
+    ]
     assert found["parameters"] == 6058 and found["macs"] == 211_264
     assert all(found[f"latency_ms_batch{batch}"] > 0 for batch in measure.BATCHES)
-    assert list(cost(net, (1, 28, 28), latency=False)) == ["parameters", "macs", "bytes"]
+    plain = ["parameters", "nonzero", "macs", "bytes", "activation_bytes"]
+    assert list(cost(net, (1, 28, 28), latency=False)) == plain
 
 
 class Restless(nn.Module):
@@ -147,3 +156,19 @@ def test_cost_on_a_gpu_is_that_of_the_cpu_but_for_time() -> None:
     there = cost(net.cuda(), (1, 28, 28))
     assert {key: there[key] for key in here} == here and there["latency_ms_batch64"] > 0
     assert torch.cuda.get_rng_state().equal(state)
+
+
+def test_activations_are_counted_while_something_holds_them() -> None:
+    # 4 bytes a number: the input of 4 stays, 8 are made, then 2 beside them; the 8 go before the next 2.
+    net = nn.Sequential(nn.Linear(4, 8, bias=False), nn.Linear(8, 2, bias=False), nn.Linear(2, 2, bias=False))
+    assert activation_bytes(net, (4,)) == 4 * (4 + 8 + 2)
+    inplace = nn.Sequential(nn.Linear(4, 8, bias=False), nn.ReLU(inplace=True))
+    assert activation_bytes(inplace, (4,)) == 4 * (4 + 8)
+    assert activation_bytes(nn.Sequential(nn.Linear(4, 8, bias=False), nn.ReLU()), (4,)) == 4 * (4 + 8 + 8)
+
+
+def test_nonzero_counts_what_pruning_leaves() -> None:
+    net = nn.Linear(4, 2)
+    net.weight.data[0] = 0
+    nn.init.ones_(net.bias)
+    assert cost(net, (4,), latency=False)["nonzero"] == 6

@@ -8,10 +8,23 @@ from pathlib import Path
 import pytest
 
 import kd.stages
-from kd.stages import Circle, Compare, Distil, FineTune, LowRank, MetaDistil, Prune, Quantize, Room, SoftLabels, Train
+from kd.stages import (
+    Circle,
+    Compare,
+    Distil,
+    Export,
+    FineTune,
+    LowRank,
+    MetaDistil,
+    Prune,
+    Quantize,
+    Room,
+    SoftLabels,
+    Train,
+)
 from kd.training.settings import Run
 
-STAGES = [Train, MetaDistil, SoftLabels, Distil, Circle, Compare, Prune, LowRank, FineTune, Quantize]
+STAGES = [Train, MetaDistil, SoftLabels, Distil, Circle, Compare, Prune, LowRank, FineTune, Quantize, Export]
 
 
 def test_every_stage_is_tried_here():

@@ -24,7 +24,7 @@ from tests.pipeline.small import kill_at, planned
 
 WORDS = (
     "pipeline=compress", "compress=[prune,quantize]", "teacher.name=seed_cnn_small", "fit.epochs=6", "fit.lr=0.01",
-    "recover.fit.epochs=0", "quantize.fit.epochs=2", "quantize.fit.samples=256", "quantize.fit.batch_size=64",
+    "prune.what=weights", "recover.fit.epochs=0", "quantize.fit.epochs=2", "quantize.fit.samples=256", "quantize.fit.batch_size=64",
     "quantize.samples=64",
 )  # fmt: skip
 
@@ -189,7 +189,7 @@ def test_dynamic_and_four_bits_or_odd_blocks_are_refused(tmp_path: Path) -> None
     with pytest.raises(InputError, match="dynamic knows 8 bits alone"):
         planned(tmp_path, *WORDS, "quantize.how=dynamic", "quantize.bits=4")
     with pytest.raises(InputError, match=r"quantize.block=7 is out of range: it must be 16, 32"):
-        planned(tmp_path, *WORDS, "quantize.how=weights", "quantize.block=7")
+        planned(tmp_path, *WORDS, "quantize.how=weights", "quantize.bits=4", "quantize.block=7")
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,9 @@ def test_fields_that_change_nothing_have_one_key(tmp_path: Path) -> None:
         return planned(tmp_path, *WORDS, *words)[0].key
 
     assert key("quantize.block=64") == key()
-    assert key("quantize.how=weights", "quantize.block=64") != key("quantize.how=weights")
+    four = ("quantize.how=weights", "quantize.bits=4")
+    assert key(*four, "quantize.block=64") != key(*four)
+    assert key("quantize.how=weights", "quantize.block=64") == key("quantize.how=weights")
     assert key("quantize.how=weights", "quantize.ranges=percentile") == key("quantize.how=weights")
     none = key("quantize.fit.epochs=0")
     assert none == key("quantize.fit.epochs=0", "quantize.fit.lr=1", "quantize.teacher=teacher") != key()
