@@ -277,7 +277,8 @@ class _Desk:
     def _kind(self, node: Node) -> str:
         """What decides how fast a stage goes; numbers in terms, seeds and epochs do not."""
         config = {k: v for k, v in node.config.items() if k not in ("seed", "view_seed", "objective", "fit", "views")}
-        fit = {k: v for k, v in node.config.get("fit", {}).items() if k in ("batch_size", "precision", "channels_last")}
+        known = node.config.get("fit") or {}
+        fit = {k: v for k, v in known.items() if k in ("batch_size", "precision", "channels_last")}
         terms = {
             name: {k: v for k, v in term.items() if k != "weight"}
             for name, term in node.config.get("objective", {}).items()
@@ -341,7 +342,7 @@ class _Desk:
             if (cost := costs.get(node.key)) is not None
         ]
         total = sum(cost.seconds for cost in costs.values())
-        note = "; measured uncompiled" if any(n.config.get("fit", {}).get("compile") for n in plan.nodes) else ""
+        note = "; measured uncompiled" if any((n.config.get("fit") or {}).get("compile") for n in plan.nodes) else ""
         return Check(OK, "time", f"about {duration_text(total)} in all: {', '.join(parts)}{note}{more}")
 
     def _disk(self, costs: Mapping[str, Cost]) -> Check:

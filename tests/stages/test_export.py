@@ -24,8 +24,8 @@ from tests.pipeline.small import planned
 
 WORDS = (
     "pipeline=compress", "compress=[prune,quantize,export]", "teacher.name=seed_cnn_small", "fit.epochs=6",
-    "fit.lr=0.01",
-    "prune.what=weights", "recover.fit.epochs=0", "quantize.fit.epochs=0", "quantize.samples=64", "quantize.sensitivity=false",
+    "fit.lr=0.01", "prune.what=weights", "recover.fit.epochs=0",
+    "quantize.fit.epochs=0", "quantize.samples=64", "quantize.sensitivity=false",
 )  # fmt: skip
 
 

@@ -24,8 +24,8 @@ from tests.pipeline.small import kill_at, planned
 
 WORDS = (
     "pipeline=compress", "compress=[prune,quantize]", "teacher.name=seed_cnn_small", "fit.epochs=6", "fit.lr=0.01",
-    "prune.what=weights", "recover.fit.epochs=0", "quantize.fit.epochs=2", "quantize.fit.samples=256", "quantize.fit.batch_size=64",
-    "quantize.samples=64",
+    "prune.what=weights", "recover.fit.epochs=0", "quantize.fit.epochs=2", "quantize.fit.samples=256",
+    "quantize.fit.batch_size=64", "quantize.samples=64",
 )  # fmt: skip
 
 
