@@ -24,11 +24,13 @@ from kd.config import labels
 from kd.errors import InputError, nearest
 from kd.pipeline.plan import Node, Plan, status
 from kd.pipeline.reproduce import Verdict
+from kd.pipeline.tree import shape, tree
 from kd.report.compare import diff
 from kd.stages.fingerprints import PACKAGES, code_print
 from kd.store import Artifact, Store, short
 
 STYLES = {"hit": "green", "miss": "yellow", "damaged": "red", "running": "cyan"}
+GRAPHS = 3  # drawn under a plan, of a sweep over pipelines
 LONG = 6  # a list of more values than this is told by its range
 # What `kd ls` does without on a narrow terminal, first to go first.
 SPARE = ("sweep", "started", "wall_s", "parameters", "f1", "seed", "data", "alpha", "temperature")
@@ -128,18 +130,27 @@ def plan_view(plans: Sequence[Plan], store: Store, said: Mapping[str, str] | Non
     counts: dict[str, int] = {}
     for row in data["to_run"]:
         counts[row["stage"]] = counts.get(row["stage"], 0) + 1
+    graphs = {shape(p.nodes): tree(p.nodes) for p in plans if len(p.nodes) > 1}
+    drawn = [Text(line) for lines in list(graphs.values())[:GRAPHS] for line in ("", *lines)]
     total = counted(counts) or "nothing: all of it is in the store"
     jobs = f"{len(plans)} job{'s' if len(plans) != 1 else ''}"
-    return Group(table, *(Text(line) for line in reasons), Text(f"{jobs}; to run: {total}"))
+    # The graph first: what would run is the last line.
+    return Group(
+        table, *(Text(line) for line in reasons), *drawn, *([Text()] if drawn else []), Text(f"{jobs}; to run: {total}")
+    )
 
 
 def counted(counts: Mapping[str, int]) -> str:
-    """How many of each stage.
+    """How many of each stage; those of one template are counted together.
 
-    >>> counted({"teacher": 1, "labels": 1, "student": 6})
-    '1 teacher, 1 labels, 6 students'
+    >>> counted({"teacher": 1, "labels": 1, "student": 6}), counted({"assistant1": 1, "assistant2": 1})
+    ('1 teacher, 1 labels, 6 students', '2 assistants')
     """
-    return ", ".join(f"{n} {name}{'s' if n > 1 and not name.endswith('s') else ''}" for name, n in counts.items())
+    kinds: dict[str, int] = {}
+    for name, n in counts.items():
+        kind = "labels" if name.endswith("_labels") else re.sub(r"^(teacher|assistant|student)\d+$", r"\1", name)
+        kinds[kind] = kinds.get(kind, 0) + n
+    return ", ".join(f"{n} {name}{'s' if n > 1 and not name.endswith('s') else ''}" for name, n in kinds.items())
 
 
 def _made_of(stage: Mapping[str, Any]) -> str:
@@ -376,7 +387,8 @@ def show_view(artifact: Artifact, store: Store) -> Group:
 def _lineage(tree: Tree, artifact: Artifact, store: Store) -> None:
     for role, key in artifact.card["document"]["inputs"].items():
         parent = store.read(store.folder(key))
-        model = parent.card["document"]["config"].get("model", {}).get("name") if parent else None
+        config = parent.card["document"]["config"] if parent else {}
+        model = (config.get("model") or config.get("student") or {}).get("name")
         said = f" {model}" if model else "" if parent else " (not in this store)"
         branch = tree.add(Text(f"{role} {short(key)}{said}"))
         if parent:

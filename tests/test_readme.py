@@ -166,3 +166,10 @@ def test_the_table_of_losses_is_the_commands(tmp_path: Path) -> None:
     page = tmp_path / "README.md"
     page.write_text(README, encoding="utf-8")
     assert not update_markdown(page, "losses", as_markdown(listing("loss")))
+
+
+def test_the_graph_that_the_readme_draws_is_the_one_of_its_pipeline(tmp_path: Path) -> None:
+    from kd.pipeline.tree import tree
+
+    (job,), _ = jobs([f"run.store={tmp_path}", "pipeline=dense", "assistants=[seed_cnn]"])
+    assert after("output of plan") == "\n".join(tree(plan(job.config).nodes)) + "\n"

@@ -108,7 +108,7 @@ def test_in_a_sweep_what_tells_a_job_apart_is_what_it_is_made_of(shelf, made):
     lines = text(plan_view(plans, shelf), 200).splitlines()
     assert lines[3].split() == ["student", short(news[0]["key"]), "miss", "temperature=8"]
     assert lines[4].split() == ["student", short(news[1]["key"]), "miss", "temperature=16"]
-    assert lines[5] == "2 jobs; to run: 2 students"
+    assert lines[5:] == ["", "student", "└─ teacher, through labels", "", "2 jobs; to run: 2 students"]
 
 
 def test_the_first_of_its_kind_is_told(tmp_path):

@@ -14,6 +14,7 @@ from kd.errors import InputError
 from kd.report.rows import (
     ACCURACY,
     ALONE,
+    ASSISTANT,
     CHOICE,
     DISTILLED,
     TEACHER,
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 # Okabe-Ito: told apart by colour-blind readers too; the marker's shape says the same again.
-COLOURS = {TEACHER: "#d55e00", ALONE: "#8a8f98", DISTILLED: "#1f83c4"}
-SYMBOLS = {TEACHER: "square", ALONE: "circle-open", DISTILLED: "circle"}
+COLOURS = {TEACHER: "#d55e00", ASSISTANT: "#8057a8", ALONE: "#8a8f98", DISTILLED: "#1f83c4"}
+SYMBOLS = {TEACHER: "square", ASSISTANT: "diamond", ALONE: "circle-open", DISTILLED: "circle"}
 CYCLE = ("#1f83c4", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8a8f98", "#a6761d")
 SEQUENTIAL = [[0.0, "#e8f1f8"], [0.5, "#7fb2d9"], [1.0, "#08519c"]]
 DIVERGING = [[0.0, "#b2500a"], [0.5, "#f4f4f2"], [1.0, "#08519c"]]

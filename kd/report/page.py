@@ -9,6 +9,7 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
 
+from kd.report.lineage import section
 from kd.report.published import judged
 from kd.report.rows import (
     ACCURACY,
@@ -90,7 +91,7 @@ def _body(cards: Sequence[Card], rows: list[Row], figures: dict[str, Figure], sw
     if not rows:
         parts.append('<section class="card"><p>No finished runs.</p></section>')
     else:
-        parts += [_tiles(groups), _heatmaps(groups, figures, sweep), _pair(groups, figures)]
+        parts += [_tiles(groups), _taught(cards, rows), _heatmaps(groups, figures, sweep), _pair(groups, figures)]
         parts += [_curves(cards, rows, figures), _movers(cards, rows, figures)]
         if any(group["n"] > 1 for group in groups):
             # A setting has as many commands as seeds: they stand with the runs.
@@ -139,6 +140,17 @@ def _tiles(groups: Sequence[Row]) -> str:
         tiles.append(_tile("smaller than its teacher", cell("compression", top["compression"]), "", _size(top)))
     note = f'<p class="dim">Test accuracy; the best student is {chosen}.</p>' if several else ""
     return f'<section class="tiles">{"".join(tiles)}</section>{note}'
+
+
+def _taught(cards: Sequence[Card], rows: Sequence[Row]) -> str:
+    """A picture of each graph with more than one hop, that of the best student first."""
+    scores = {row["key"]: number(row.get(CHOICE)) or 0.0 for row in rows}
+    ordered = sorted(cards, key=lambda card: scores.get(card["key"], 0.0), reverse=True)
+    drawn = section(ordered, {card["key"]: card for card in cards})
+    if not drawn:
+        return ""
+    note = '<p class="dim">An arrow goes from who teaches to who learns; dashed: through stored soft labels.</p>'
+    return _section("Who teaches whom", note + "".join(f'<div class="card wide">{svg}</div>' for svg in drawn))
 
 
 def _tile(name: str, value: str, unit: str, words: str) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any, TypeAlias
 
+from kd.roles import teachers
 from kd.schedules import weighs
 from kd.store import short
 
@@ -20,6 +21,7 @@ Card: TypeAlias = Mapping[str, Any]
 Row: TypeAlias = dict[str, Any]
 
 TEACHER, ALONE, DISTILLED = "teacher", "student alone", "student distilled"
+ASSISTANT = "assistant"  # a distilled student that was made to teach the next
 ACCURACY = "test/accuracy"
 CHOICE = "val/accuracy"  # what "best" is chosen by: choosing by the test split would flatter the choice
 COST = ("parameters", "macs", "bytes", "latency_ms_batch1", "latency_ms_batch64")
@@ -61,9 +63,9 @@ def collect(cards: Iterable[Card], lookup: Mapping[str, Card] | None = None) -> 
     """
     given = {card["key"]: card for card in cards}
     known = {**(lookup or {}), **given}
-    teachers = {key for card in known.values() if (key := _inputs(card).get("teacher"))}
+    taught_by = {key for card in known.values() for key in _heard(card)}
     alone = _alone_by_student(known)
-    return [_row(card, known, teachers, alone) for card in given.values() if _scored(card)]
+    return [_row(card, known, taught_by, alone) for card in given.values() if _scored(card)]
 
 
 def related(cards: Iterable[Card], lookup: Mapping[str, Card]) -> list[Card]:
@@ -140,7 +142,7 @@ def _text(data: Any) -> str:
     return json.dumps(data, sort_keys=True, default=str)
 
 
-def varying_settings(rows: Sequence[Row], roles: Iterable[str] = (TEACHER, ALONE, DISTILLED)) -> list[str]:
+def varying_settings(rows: Sequence[Row], roles: Iterable[str] = (TEACHER, ASSISTANT, ALONE, DISTILLED)) -> list[str]:
     """The settings in which rows of the same role differ, less those that follow from another column.
 
     A weight that equals a dial (or one minus it) follows from that dial; a model's width follows from its name.
@@ -196,13 +198,18 @@ def _alone_by_student(known: Mapping[str, Card]) -> dict[str, list[Card]]:
     return found
 
 
-def _teacher(card: Card, known: Mapping[str, Card]) -> Card | None:
-    """The nearest ancestor that came in as a teacher: of the card itself, else of what it was made from."""
+def _heard(card: Card) -> list[str]:
+    """The keys of its teachers."""
     inputs = _inputs(card)
-    if "teacher" in inputs:
-        return known.get(inputs["teacher"])
-    parents = (known[key] for key in inputs.values() if key in known)
-    return next((found for parent in parents if (found := _teacher(parent, known))), None)
+    return [inputs[role] for role in teachers(inputs)]
+
+
+def _teachers(card: Card, known: Mapping[str, Card]) -> list[Card]:
+    """The nearest ancestors that came in as teachers: of the card itself, else of what it was made from."""
+    if heard := _heard(card):
+        return [known[key] for key in heard if key in known]
+    parents = (known[key] for key in _inputs(card).values() if key in known)
+    return next((found for parent in parents if (found := _teachers(parent, known))), [])
 
 
 def _group(card: Card, known: Mapping[str, Card]) -> str:
@@ -213,25 +220,28 @@ def _group(card: Card, known: Mapping[str, Card]) -> str:
     return hashlib.sha256(_text([document["stage"], document["version"], config, parents]).encode()).hexdigest()
 
 
-def _row(card: Card, known: Mapping[str, Card], teachers: set[str], alone: Mapping[str, list[Card]]) -> Row:
+def _row(card: Card, known: Mapping[str, Card], taught_by: set[str], alone: Mapping[str, list[Card]]) -> Row:
     config, metrics = card["document"]["config"], card["metrics"]
-    model, fit, teacher = _model(card), config.get("fit") or {}, _teacher(card, known)
+    model, fit, heard = _model(card), config.get("fit") or {}, _teachers(card, known)
     shown = short(card["key"])
     # The dials stand in every command; a model that had no teacher did not hear them.
     deaf = ("temperature", "alpha") if _is(card, "Train") else ()
     dials = {name: value for name, value in (card.get("dials") or {}).items() if name not in deaf}
-    row: Row = {"role": _role(card, teachers), "model": model.get("name"), "data": config.get("data", {}).get("name")}
+    row: Row = {"role": _role(card, taught_by), "model": model.get("name"), "data": config.get("data", {}).get("name")}
     if _is(card, *HEARS):
-        row |= {"teacher": _model(teacher).get("name") if teacher else None, "loss": _loss(config.get("objective", {}))}
+        names = [str(_model(teacher).get("name")) for teacher in heard]
+        row |= {"teacher": " + ".join(names) or None, "loss": _loss(config.get("objective", {}))}
     row |= {name: value for name, value in dials.items() if name not in ("seed", *row)}
     row |= {"epochs": fit.get("epochs"), "samples": fit.get("samples") or "all", "seed": config.get("seed")}
     row |= {name: value for name, value in metrics.items() if "/" in name and isinstance(value, (int, float))}
-    row["teacher/accuracy"] = teacher["metrics"].get(ACCURACY) if teacher else None
+    scores = [teacher["metrics"][ACCURACY] for teacher in heard if ACCURACY in teacher["metrics"]]
+    row["teacher/accuracy"] = max(scores, default=None)  # of several, the best
     row["alone/accuracy"] = _alone_accuracy(card, alone)
     row["gain"] = None if row["alone/accuracy"] is None else row[ACCURACY] - row["alone/accuracy"]
     cost = card.get("cost") or {}
     row |= {name: cost.get(name) for name in COST}
-    large, own = (teacher.get("cost") or {}).get("parameters") if teacher else None, cost.get("parameters")
+    sizes = [size for teacher in heard if (size := (teacher.get("cost") or {}).get("parameters"))]
+    large, own = max(sizes, default=None), cost.get("parameters")
     row["compression"] = large / own if large and own else None
     row["wall_s"] = card.get("time", {}).get("wall_s")
     row |= {"hash": shown, "command": f"kd reproduce {shown}", "key": card["key"], "stage": card["stage"]}
@@ -247,9 +257,11 @@ def _loss(terms: Mapping[str, Any]) -> str | None:
     return "+".join(sorted(name for name, term in terms.items() if weighs(term.get("weight", 1)))) or None
 
 
-def _role(card: Card, teachers: set[str]) -> str:
+def _role(card: Card, taught_by: set[str]) -> str:
     if _is(card, "Train"):
-        return TEACHER if card["key"] in teachers else ALONE
+        return TEACHER if card["key"] in taught_by else ALONE
+    if card["key"] in taught_by and str(card["stage"]).startswith("assistant"):
+        return ASSISTANT
     if _is(card, *HEARS):
         return DISTILLED
     return str(card["document"]["stage"]).rpartition(".")[2].lower()

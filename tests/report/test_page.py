@@ -249,3 +249,16 @@ def test_the_browser_test_would_see_an_error(tmp_path):
     page = tmp_path / "bad.html"
     page.write_text("<body><script>nothing.here()</script></body>")
     assert len(open_page(page, tmp_path / "profile")[1]) == 1
+
+
+def test_who_teaches_whom_is_drawn_where_there_is_more_than_one_hop(tmp_path):
+    teacher = card("Train", STUDENT, 0.99)
+    first = card("Distil", STUDENT, 0.98, inputs={"teacher": teacher["key"]}, lr=0.1)
+    first["stage"] = "assistant1"
+    last = card("Distil", STUDENT, 0.97, inputs={"teacher": first["key"]}, lr=0.2)
+    cards = [teacher, first, last]
+    page = write_page([last], tmp_path / "chain.html", "chain", lookup=lookup(cards))
+    reader = parse(page.read_text())
+    assert "Who teaches whom" in reader.texts and [tag for tag, _ in reader.elements].count("svg") == 1
+    plain = write_page([first], tmp_path / "plain.html", "plain", lookup=lookup(cards))
+    assert "Who teaches whom" not in parse(plain.read_text()).texts
