@@ -41,7 +41,7 @@ def factors(layer: nn.Module, form: str, rank: Any) -> nn.Sequential:
         _within(ranks, (min(layer.in_features, layer.out_features),))
         first = nn.Linear(layer.in_features, rank, bias=False, **like)
         return nn.Sequential(first, nn.Linear(rank, layer.out_features, bias=layer.bias is not None, **like))
-    if not isinstance(layer, nn.Conv2d) or layer.groups != 1 or isinstance(layer.padding, str):
+    if not isinstance(layer, nn.Conv2d) or layer.groups != 1:
         raise KDError(f"{type(layer).__name__} has no low-rank form {form!r}")
     wide, out, bias = layer.in_channels, layer.out_channels, layer.bias is not None
     (high, broad), step, pad, gap = layer.kernel_size, layer.stride, layer.padding, layer.dilation
@@ -50,8 +50,9 @@ def factors(layer: nn.Module, form: str, rank: Any) -> nn.Sequential:
         whole: dict[str, Any] = {"stride": step, "padding": pad, "dilation": gap, "padding_mode": layer.padding_mode}
         first_ = nn.Conv2d(wide, rank, (high, broad), bias=False, **whole, **like)
         return nn.Sequential(first_, nn.Conv2d(rank, out, 1, bias=bias, **like))
-    if layer.padding_mode != "zeros":
-        raise KDError(f"a convolution padded with {layer.padding_mode!r} has no low-rank form {form!r}")
+    if layer.padding_mode != "zeros" or isinstance(pad, str):
+        padded = pad if isinstance(pad, str) else layer.padding_mode
+        raise KDError(f"a convolution padded with {padded!r} has no low-rank form {form!r}")
     if form == "spatial":
         _within(ranks, (min(wide * high, out * broad),))
         down: dict[str, Any] = {"stride": (step[0], 1), "padding": (pad[0], 0), "dilation": (gap[0], 1)}
@@ -188,7 +189,7 @@ def spectrum(layer: nn.Linear | nn.Conv2d, form: str, root: Tensor | None = None
     return values**2
 
 
-def rank_of_energy(layer: nn.Linear | nn.Conv2d, form: str, share: float) -> Any:
+def rank_of_energy(layer: nn.Linear | nn.Conv2d, form: str, share: float, root: Tensor | None = None) -> Any:
     """The lowest rank that keeps a share of the squared singular values; for `tucker` one of each mode.
 
     >>> layer = nn.Linear(2, 2)
@@ -202,25 +203,10 @@ def rank_of_energy(layer: nn.Linear | nn.Conv2d, form: str, share: float) -> Any
         return min(int((kept < share).sum()) + 1, len(values))
 
     if form != "tucker":
-        return lowest(spectrum(layer, form))
+        return lowest(spectrum(layer, form, root if form == "svd" else None))
     weight = layer.weight.detach().double()
     modes = (weight.transpose(0, 1).flatten(1), weight.flatten(1))
     return [lowest(torch.linalg.svdvals(mode) ** 2) for mode in modes]
-
-
-def rank_of_share(layer: nn.Linear | nn.Conv2d, form: str, share: float) -> Any:
-    """The highest rank whose factors hold no more than a share of the layer's weights; None where even rank 1 does.
-
-    >>> rank_of_share(nn.Linear(10, 10), "svd", 0.5)
-    2
-    """
-    most = share * layer.weight.numel()
-    best = None
-    for rank in ranks(layer, form):
-        if weights(layer, form, rank) > most:
-            break
-        best = rank
-    return best
 
 
 def ranks(layer: nn.Linear | nn.Conv2d, form: str) -> list[Any]:
@@ -257,8 +243,3 @@ def weights(layer: nn.Linear | nn.Conv2d, form: str, rank: Any) -> int:
     if form == "tucker":
         return int(wide * rank[0] + rank[0] * rank[1] * layer.weight[0, 0].numel() + rank[1] * out)
     return int(rank * (layer.weight[0].numel() + out))
-
-
-def pays(layer: nn.Linear | nn.Conv2d, form: str, rank: Any) -> bool:
-    """Whether the factors of a rank hold fewer weights than the layer."""
-    return weights(layer, form, rank) < layer.weight.numel()

@@ -14,6 +14,7 @@ import kd.compress.lowrank
 import kd.compress.masks
 import kd.compress.measure
 import kd.compress.prune
+import kd.compress.ranks
 import kd.compress.recurrent
 import kd.compress.sites
 import kd.compress.structure

@@ -138,6 +138,38 @@ def gradients(net: Normalised, calibration: Calibration) -> dict[str, torch.Tens
     return found
 
 
+def normalised(net: Normalised, calibration: Calibration) -> list[torch.Tensor]:
+    """The samples in batches as the plain net takes them."""
+    import torch
+
+    return [(batch - net.mean) / net.std for batch in torch.split(calibration.images, 64)]
+
+
+def loss_of(plain: torch.nn.Module, net: Normalised, calibration: Calibration) -> float:
+    """The mean cross-entropy on the samples of a net that stands behind another's statistics."""
+    import torch
+    import torch.nn.functional as F
+
+    from kd.compress.measure import looking
+
+    total = 0.0
+    with looking(plain):
+        for batch, targets in zip(normalised(net, calibration), torch.split(calibration.targets, 64), strict=True):
+            total += F.cross_entropy(plain(batch).double(), targets, reduction="sum").item()
+    return total / len(calibration.targets)
+
+
+def listed(paths: Sequence[str]) -> str:
+    """Some layers and a verb, as a sentence begins.
+
+    >>> from kd.stages.compress import listed
+    >>> listed(["a"]), listed(["a", "b", "c", "d"])
+    ('a stays', 'a, b, c and 1 more stay')
+    """
+    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+    return f"{', '.join(paths[:3])}{more} {'stays' if len(paths) == 1 else 'stay'}"
+
+
 def probe(net: Normalised, data: Config) -> torch.Tensor:
     """Two samples that are noise as the plain net takes it, the same ones always."""
     import torch

@@ -19,6 +19,7 @@ from kd.stages.compress import (
     _samples,
     _share,
     gradients,
+    listed,
     probe,
 )
 from kd.store import Artifact
@@ -183,7 +184,7 @@ class Prune:
         reasons: dict[str, list[str]] = {}
         for path, reason in made.whole.items():
             reasons.setdefault(reason, []).append(path)
-        said = [f"{_listed(paths)} whole: {reason}" for reason, paths in reasons.items()]
+        said = [f"{listed(paths)} whole: {reason}" for reason, paths in reasons.items()]
         return [{**made.change, "left": made.left}], said
 
     def _masked(self, net: Normalised, calibration: Calibration | None) -> tuple[list[dict[str, Any]], list[str]]:
@@ -219,11 +220,6 @@ class Prune:
             found = gradients(net, calibration)
             return {name: (value.detach() * found[name]).abs() for name, value in weights.items()}
         return {name: value.detach().abs() for name, value in weights.items()}
-
-
-def _listed(paths: list[str]) -> str:
-    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
-    return f"{', '.join(paths[:3])}{more} {'stays' if len(paths) == 1 else 'stay'}"
 
 
 def pattern(text: Any) -> tuple[int, int]:

@@ -12,9 +12,7 @@ from kd.compress.lowrank import (
     candidates,
     factorise,
     factors,
-    pays,
     rank_of_energy,
-    rank_of_share,
     ranks,
     spectrum,
     tucker,
@@ -103,12 +101,11 @@ def test_what_cannot_be_factorised_is_refused(layer: nn.Module, form: str, rank:
         factors(layer, form, rank)
 
 
-def test_ranks_by_energy_and_by_share() -> None:
+def test_ranks_by_energy() -> None:
     layer = nn.Linear(10, 10)
-    assert [rank_of_share(layer, "svd", share) for share in (0.5, 0.19, 0.2)] == [2, None, 1]
-    assert pays(layer, "svd", 4) and not pays(layer, "svd", 5)
     nn.init.eye_(layer.weight)
     assert [rank_of_energy(layer, "svd", share) for share in (0.5, 0.51, 1.0)] == [5, 6, 10]
+    assert rank_of_energy(layer, "svd", 0.5, torch.diag(torch.tensor([3.0] + [0.1] * 9))) == 1
     assert rank_of_energy(nn.Conv2d(4, 6, 3), "tucker", 1.0) == [4, 6]
 
 
