@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 GROUPS = ("loss", "recipe", "mix", "data", "pair", "fit", "pipeline", "run", "experiments")
 KINDS = (*GROUPS, "model", "stage", "layers")
 _PAPER = re.compile(r"(?P<method>[^:]+) \((?P<paper>[^()]*\b(?:19|20)\d\d)\): (?P<about>.+)")
-_FAMILIES = dict.fromkeys(("logits", "self_taught", "softened", "exits"), "response") | dict.fromkeys(
+_FAMILIES = dict.fromkeys(("logits", "self_taught", "softened", "exits", "own_exits"), "response") | dict.fromkeys(
     ("maps", "flow", "boundary", "across"), "feature"
 )  # of the others the module's name is the family's
 _FAMILIES["likeliest"] = "sequence"
