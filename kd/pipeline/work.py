@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from kd.pipeline.execute import check, execute
-from kd.pipeline.plan import Plan
+from kd.pipeline.plan import Node, Plan
 from kd.store import Store
 from kd.training.pruning import Pruned, Trial
 from kd.training.settings import Run, require
@@ -44,6 +45,35 @@ def run_trial(plan: Plan, run: Run, sweep: str | None, trial: Trial | None, tell
     return None
 
 
+def branches(plan: Plan) -> list[Plan]:
+    """The trainings that only the last stage brings together, each with all it needs; none where there is but one.
+
+    They may take turns at the same batches, as jobs do.
+    """
+    last = plan.nodes[-1]
+    ends = [node for node in plan.nodes if node.key in last.inputs.values() and node.config.get("fit") is not None]
+    found = [dataclasses.replace(plan, nodes=ancestry(plan, node)) for node in ends]
+    # One that another reads is no branch beside it.
+    apart = [one for one in found if not any(one.key in {n.key for n in other.nodes[:-1]} for other in found)]
+    return apart if len(apart) > 1 and last.config.get("fit") is None else []
+
+
+def shared(plan: Plan) -> list[Plan]:
+    """What several branches of a plan descend from, as one plan; none where there are no branches."""
+    keys = [node.key for branch in branches(plan) for node in branch.nodes]
+    nodes = tuple(node for node in plan.nodes if keys.count(node.key) > 1)
+    return [dataclasses.replace(plan, nodes=nodes)] if nodes else []
+
+
+def ancestry(plan: Plan, node: Node) -> tuple[Node, ...]:
+    """A stage of a plan and all it descends from, in order."""
+    wanted = {node.key}
+    for one in reversed(plan.nodes):
+        if one.key in wanted:
+            wanted |= set(one.inputs.values())
+    return tuple(one for one in plan.nodes if one.key in wanted)
+
+
 def run_packed(packs: Sequence[Sequence[tuple[int, Plan, Run]]], sweep: str | None, tell: Tell) -> None:
     """Execute plans in one process, pack after pack; in a pack the jobs take turns at their batches.
 
@@ -72,6 +102,11 @@ def run_packed(packs: Sequence[Sequence[tuple[int, Plan, Run]]], sweep: str | No
     with quiet():  # once around all: each training puts back what it found, in any order
         for pack in packs:
             numbers = [number for number, _, _ in pack]
+            # What they share comes first, or all but one would wait for its maker to the very end. What fails here
+            # fails again, and is told, with the job itself.
+            for before in (shared, branches):
+                if apart := [job(number, part, run) for number, plan, run in pack for part in before(plan)]:
+                    company.turns.run(apart, lambda place, outcome: None)
 
             def ended(place: int, outcome: dict[str, Any], numbers: list[int] = numbers) -> None:
                 tell({"event": "ended", "job": numbers[place], "outcome": outcome})

@@ -14,7 +14,9 @@ from kd.errors import InputError
 from kd.models import load
 from kd.pipeline.execute import check, execute
 from kd.pipeline.jobs import call
+from kd.pipeline.work import branches, run_packed
 from kd.store import Store
+from kd.training.loaders import EpochLoader
 from tests.pipeline.small import kill_at, made, planned
 from tests.stages.folder import bits
 
@@ -161,3 +163,26 @@ def test_a_comparison_of_what_is_no_network_is_refused(tmp_path):
     one, run = planned(tmp_path, *words)
     with pytest.raises(InputError, match="b is no trained network"):
         check([one], Store(tmp_path), run)
+
+
+def test_packed_the_students_share_their_batches_and_each_has_the_bits_of_its_lone_run(tmp_path, monkeypatch):
+    words = ("pipeline=students", f"students=[seed_cnn_small,{TINY},seed_cnn]")
+    assert len(branches(planned(tmp_path, *words)[0])) == 3 and branches(planned(tmp_path, *CHAIN)[0]) == []
+    made(tmp_path / "a", *words)
+    one, run = planned(tmp_path / "b", *words)
+    inner, made_of, events = EpochLoader.batches, [], []
+
+    def counted(loader, *place):
+        made_of.append((loader.shuffle, id(loader)))
+        return inner(loader, *place)
+
+    monkeypatch.setattr(EpochLoader, "batches", counted)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    run_packed([[(0, one, run)]], None, events.append)
+    assert events[-1]["outcome"]["status"] == "done"
+    # Two epochs of the teacher's own, and two that all three students saw.
+    assert [shuffled for shuffled, _ in made_of].count(True) == 4
+    alone, packed = cards(tmp_path / "a", *words), cards(tmp_path / "b", *words)
+    assert [bits(packed[name]) for name in ("student1", "student2", "student3")] == [
+        bits(alone[name]) for name in ("student1", "student2", "student3")
+    ]
