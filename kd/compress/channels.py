@@ -14,6 +14,8 @@ from kd.compress.recurrent import Shell, shells, unit_touches
 from kd.compress.sites import CONVS, MIXING, Site, Touch, first_tensor
 from kd.errors import InputError
 
+OUTPUTS = "it makes the outputs"
+
 
 def library() -> Any:
     """torch-pruning, or a line that says how to get it.
@@ -77,7 +79,7 @@ def channel_sites(net: nn.Module, inputs: Tensor, apart: Sequence[str] = ()) -> 
         if path in apart or (isinstance(root, Shell) and not isinstance(root.inner, nn.RNNBase)):
             continue
         if any(item.dep.target.module is end for item in group for end in last if _outwards(graph, item)):
-            whole[path] = "it makes the outputs"
+            whole[path] = OUTPUTS
             continue
         made = _site(graph, group, paths, path)
         if isinstance(made, str):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import copy
-import gzip
 import importlib
 import io
 import logging
@@ -246,12 +245,6 @@ def answer(opened: Any, images: Tensor) -> Tensor:
     """The logits of a session for normalised images."""
     (found,) = opened.run([OUTPUT], {INPUT: np.ascontiguousarray(images.cpu().float().numpy())})
     return torch.from_numpy(found)
-
-
-def file_bytes(path: Path) -> dict[str, int]:
-    """Size of a file, and of what gzip makes of it: zeros cost bytes until something packs them."""
-    content = path.read_bytes()
-    return {"bytes": len(content), "gzip_bytes": len(gzip.compress(content, 6, mtime=0))}
 
 
 def told(model: Any) -> Mapping[str, int]:

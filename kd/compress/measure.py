@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gzip
 import statistics
 import time
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -150,6 +152,12 @@ def stored_bytes(net: nn.Module) -> int:
     if all(name.startswith("net.") for name in state):
         state = {name.removeprefix("net."): value for name, value in state.items()}
     return len(serialise({name: value.contiguous() for name, value in state.items()}))
+
+
+def file_bytes(path: Path) -> dict[str, int]:
+    """Size of a file, and of what gzip makes of it: zeros cost bytes until something packs them."""
+    content = path.read_bytes()
+    return {"bytes": len(content), "gzip_bytes": len(gzip.compress(content, 6, mtime=0))}
 
 
 def milliseconds(net: nn.Module, shape: Sequence[int], batch: int, repeats: int = 30, seconds: float = 3.0) -> float:

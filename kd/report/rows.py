@@ -24,12 +24,17 @@ TEACHER, ALONE, DISTILLED = "teacher", "student alone", "student distilled"
 ASSISTANT = "assistant"  # a distilled student that was made to teach the next
 ACCURACY = "test/accuracy"
 CHOICE = "val/accuracy"  # what "best" is chosen by: choosing by the test split would flatter the choice
-COST = ("parameters", "macs", "bytes", "latency_ms_batch1", "latency_ms_batch64")
+COST: tuple[str, ...] = ("parameters", "nonzero", "macs", "bytes", "gzip_bytes", "activation_bytes")
+COST += ("latency_ms_batch1", "latency_ms_batch64")
 # Columns that a second run of the same setting may measure differently; metrics are known by their slash.
 MEASURED = ("gain", "latency_ms_batch1", "latency_ms_batch64", "wall_s")
 # What a row is compared with, measured on another run: one teacher for all seeds has no spread.
 REFERENCES = ("teacher/accuracy", "alone/accuracy")
+# What the stages of a compression leave, each a row of its own.
+STEPS = {"Prune": "pruned", "LowRank": "low-rank", "Quantize": "quantized", "FineTune": "recovered"}
+STEPS |= {"Export": "exported"}
 HEARS = ("Distil", "Circle", "MetaDistil")  # the stages whose student hears another network
+ROLES = (TEACHER, ASSISTANT, ALONE, DISTILLED, *STEPS.values())
 # Settings with a column of their own.
 _NAMED = ("model", "data", "teacher", "loss", "epochs", "samples")
 _OWN = {"config.seed", "config.fit.epochs", "config.fit.samples", "config.model.name", "config.data.name"}
@@ -65,7 +70,10 @@ def collect(cards: Iterable[Card], lookup: Mapping[str, Card] | None = None) -> 
     known = {**(lookup or {}), **given}
     taught_by = {key for card in known.values() for key in _heard(card)}
     alone = _alone_by_student(known)
-    return [_row(card, known, taught_by, alone) for card in given.values() if _scored(card)]
+    rows = [_row(card, known, taught_by, alone) for card in given.values() if _scored(card)]
+    if any("step" in row for row in rows):  # a compression reads from its start to its end
+        rows.sort(key=lambda row: _depth(known[row["key"]], known))
+    return rows
 
 
 def related(cards: Iterable[Card], lookup: Mapping[str, Card]) -> list[Card]:
@@ -142,7 +150,7 @@ def _text(data: Any) -> str:
     return json.dumps(data, sort_keys=True, default=str)
 
 
-def varying_settings(rows: Sequence[Row], roles: Iterable[str] = (TEACHER, ASSISTANT, ALONE, DISTILLED)) -> list[str]:
+def varying_settings(rows: Sequence[Row], roles: Iterable[str] = ROLES) -> list[str]:
     """The settings in which rows of the same role differ, less those that follow from another column.
 
     A weight that equals a dial (or one minus it) follows from that dial; a model's width follows from its name.
@@ -184,6 +192,18 @@ def _model(card: Card) -> Mapping[str, Any]:
     return config.get("student") or config.get("model") or {}
 
 
+def _depth(card: Card, known: Mapping[str, Card]) -> int:
+    """How many stages stand before it, one behind the other."""
+    return max((1 + _depth(known[key], known) for key in _inputs(card).values() if key in known), default=0)
+
+
+def _origin(card: Card, known: Mapping[str, Card]) -> Card:
+    """The card of the network that a step of a compression began with; of any other card, itself."""
+    while (source := _inputs(card).get("model")) in known and source is not None:
+        card = known[source]
+    return card
+
+
 def _student(card: Card) -> str:
     """What a student alone and a distilled one must share to be compared: model, data and schedule."""
     config = card["document"]["config"]
@@ -222,7 +242,7 @@ def _group(card: Card, known: Mapping[str, Card]) -> str:
 
 def _row(card: Card, known: Mapping[str, Card], taught_by: set[str], alone: Mapping[str, list[Card]]) -> Row:
     config, metrics = card["document"]["config"], card["metrics"]
-    model, fit, heard = _model(card), config.get("fit") or {}, _teachers(card, known)
+    model, fit, heard = _model(_origin(card, known)), config.get("fit") or {}, _teachers(card, known)
     shown = short(card["key"])
     # The dials stand in every command; a model that had no teacher did not hear them.
     deaf = ("temperature", "alpha") if _is(card, "Train") else ()
@@ -234,6 +254,10 @@ def _row(card: Card, known: Mapping[str, Card], taught_by: set[str], alone: Mapp
     row |= {name: value for name, value in dials.items() if name not in ("seed", *row)}
     row |= {"epochs": fit.get("epochs"), "samples": fit.get("samples") or "all", "seed": config.get("seed")}
     row |= {name: value for name, value in metrics.items() if "/" in name and isinstance(value, (int, float))}
+    if (source := _inputs(card).get("model")) is not None:
+        given = known.get(source, {}).get("metrics", {})
+        row |= {"step": card["stage"], "before/accuracy": given.get(ACCURACY)}
+        row["marks"] = ", ".join(card.get("marks", ())) or None
     scores = [teacher["metrics"][ACCURACY] for teacher in heard if ACCURACY in teacher["metrics"]]
     row["teacher/accuracy"] = max(scores, default=None)  # of several, the best
     row["alone/accuracy"] = _alone_accuracy(card, alone)
@@ -264,7 +288,8 @@ def _role(card: Card, taught_by: set[str]) -> str:
         return ASSISTANT
     if _is(card, *HEARS):
         return DISTILLED
-    return str(card["document"]["stage"]).rpartition(".")[2].lower()
+    name = str(card["document"]["stage"]).rpartition(".")[2]
+    return STEPS.get(name, name.lower())
 
 
 def _alone_accuracy(card: Card, alone: Mapping[str, list[Card]]) -> float | None:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 METRICS = ("test/accuracy", "test/precision", "test/recall", "test/f1")
 # Shown as a column even where every row holds the same value: they are what the table is read for.
-KEPT = (*METRICS, "published", "verdict", "gain", "hash")
+KEPT = (*METRICS, "published", "verdict", "gain", "marks", "hash")
 TITLES = {
     "test/accuracy": "accuracy %",
     "test/accuracy_top5": "top-5 %",
@@ -27,23 +27,28 @@ TITLES = {
     "val/f1": "val F1 %",
     "val/loss": "val loss",
     "teacher/accuracy": "teacher %",
+    "before/accuracy": "before %",
     "alone/accuracy": "alone %",
     "gain": "gain (points)",
     "published": "published %",
     "compression": "smaller",
     "macs": "MACs",
+    "gzip_bytes": "gzip bytes",
+    "activation_bytes": "activation bytes",
     "latency_ms_batch1": "ms (batch 1)",
     "latency_ms_batch64": "ms (batch 64)",
     "wall_s": "wall s",
     "n": "seeds",
 }
 # What a narrow terminal does without, first to go first.
-_SPARE: tuple[str, ...] = ("latency_ms_batch64", "latency_ms_batch1", "macs", "bytes", "test/recall", "test/precision")
+_SPARE: tuple[str, ...] = ("activation_bytes", "gzip_bytes", "nonzero")
+_SPARE += ("latency_ms_batch64", "latency_ms_batch1", "macs", "bytes", "test/recall", "test/precision")
 _SPARE += ("parameters", "test/f1", "n", "seed")
 _TOLD = ("teacher", "loss")  # said where they tell rows apart
 _WHOLE = ("role", "hash")
 _SHARES = ("accuracy", "accuracy_top5", "precision", "recall", "f1", "agreement")
-_COUNTS = ("parameters", "macs", "bytes", "samples", "step")
+_COUNTS = ("parameters", "nonzero", "macs", "bytes", "gzip_bytes", "activation_bytes", "samples", "step")
+_COMPRESSED = ("nonzero", "gzip_bytes", "activation_bytes")  # worth a column beside what was compressed
 
 
 def title(column: str) -> str:
@@ -106,23 +111,28 @@ def layout(rows: Sequence[Row], metrics: Sequence[str] = METRICS) -> tuple[list[
     leaves = [column for column in varying_settings(rows) if column.startswith("config.")]
     # A group says over how many seeds it is, a run which one it had.
     seeds = "n" if any(row.get("n") is not None for row in rows) else "seed"
-    order = ["role", "model", "data", "teacher", "loss", *dials, "epochs", "samples", *leaves, seeds]
+    order = ["role", "step", "model", "data", "teacher", "loss", *dials, "epochs", "samples", *leaves, seeds]
     order += [
         *(m for m in metrics if m in METRICS),
         "published",
         "verdict",
         "gain",
         "teacher/accuracy",
+        "before/accuracy",
+        "marks",
         *metrics,
         "parameters",
+        "nonzero",
         "compression",
     ]
-    order += ["macs", "bytes", "latency_ms_batch1", "latency_ms_batch64", "hash"]
+    order += ["macs", "bytes", "gzip_bytes", "activation_bytes", "latency_ms_batch1", "latency_ms_batch64", "hash"]
     columns: list[str] = []
     constants: dict[str, Any] = {}
     for column in dict.fromkeys(order):
         values = [row[column] for row in rows if row.get(column) is not None]
         if not values and column not in leaves:
+            continue
+        if column in _COMPRESSED and not any("step" in row for row in rows):
             continue
         kept = column in KEPT or column in leaves or len(rows) == 1
         if kept or len({_compare(column, value) for value in values}) > 1:

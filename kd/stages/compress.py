@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,8 +45,9 @@ def _compressed(
     """Load the model, change it, measure what came of it, save it with its structure."""
     from safetensors.torch import save_file
 
-    from kd.compress.measure import cost
+    from kd.compress.measure import cost, file_bytes
     from kd.models import load, recipe_of, save, weights_digest
+    from kd.models.files import WEIGHTS
     from kd.stages.evaluation import CHOSEN, evaluated, peers_of
     from kd.stages.splits import data_print, load_data
     from kd.training.loggers import loggers, summarise
@@ -63,18 +65,43 @@ def _compressed(
     ) as sinks:
         metrics, chosen = evaluated(net, peers_of({"teacher": model}, {}, data), splits, data, room)
         net = net.cpu().eval()
-        costs = cost(net, (int(data["channels"]), int(data["size"]), int(data["size"])), latency=room.run.latency)
+        save(net, recipe, out)
+        costs = cost(net, shape_of(data), latency=False)
+        costs["gzip_bytes"] = file_bytes(out / WEIGHTS)["gzip_bytes"]
+        timings = in_turns(net, load(model.path), shape_of(data)) if room.run.latency else {}
+        costs |= {f"latency_ms_{batch}": found["torch"]["median"] for batch, found in timings.items()}
         summarise(sinks, {**metrics, **{f"cost/{name}": value for name, value in costs.items()}}, 0)
-    save(net, recipe, out)
     save_file({"test": chosen}, out / CHOSEN)
     result = {
         "metrics": metrics,
         "cost": costs,
         "weights": weights_digest(net.net),
         "said": said,
+        **({"latency": timings} if timings else {}),
         "fingerprints": {"data": data_print(data, room)},
     }
     return {**result, **_mark(result, model, None, splits, room)}
+
+
+def shape_of(data: Config) -> tuple[int, int, int]:
+    """Of one sample."""
+    return int(data["channels"]), int(data["size"]), int(data["size"])
+
+
+def in_turns(net: Normalised, before: Normalised, shape: tuple[int, int, int]) -> dict[str, Any]:
+    """Milliseconds of a network and of the one it was made from, in turns, at batch 1 and 64: by batch, by whom."""
+    import torch
+
+    from kd.compress.latency import interleaved
+    from kd.compress.measure import BATCHES, looking
+
+    found = {}
+    for batch in BATCHES:
+        images = torch.linspace(0, 1, batch * int(torch.Size(shape).numel())).reshape(batch, *shape)
+        with looking(net), looking(before):
+            passes = {"torch": partial(net, images), "before_torch": partial(before, images)}
+            found[f"batch{batch}"] = interleaved(passes)
+    return found
 
 
 def _mark(

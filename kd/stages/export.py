@@ -99,8 +99,7 @@ class Export:
         Raises:
             KDError: if the file does not do what the network does.
         """
-        from kd.compress.export import file_bytes
-        from kd.compress.measure import cost
+        from kd.compress.measure import cost, file_bytes
         from kd.compress.quantize import quantised
         from kd.compress.shipping import PREPROCESSING, SCRIPT, preprocessing, script
         from kd.models import load, recipe_of, weights_digest

@@ -72,8 +72,10 @@ class FineTune:
     def run(self, inputs: Mapping[str, Artifact], out: Path, room: Room) -> dict[str, Any]:
         """Train, evaluate against the labels and the teacher, save."""
         from kd.compress.masks import zeros
+        from kd.compress.measure import file_bytes
         from kd.compress.structure import masked
         from kd.models import load, recipe_of
+        from kd.models.files import WEIGHTS
         from kd.stages.image import train_net
         from kd.stages.splits import load_data
 
@@ -83,4 +85,5 @@ class FineTune:
         masks = zeros(student.net, list(masked(recipe.get("structure", []))))
         heard = {role: artifact for role, artifact in inputs.items() if role != "model"}
         result = train_net(self, student, heard, splits, out, room, recipe, masks)
+        result["cost"]["gzip_bytes"] = file_bytes(out / WEIGHTS)["gzip_bytes"]
         return {**result, **_mark(result, inputs["model"], inputs.get("teacher"), splits, room)}

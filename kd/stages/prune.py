@@ -158,6 +158,7 @@ class Prune:
         return self._narrowed(net, calibration) if self.what == "channels" else self._masked(net, calibration)
 
     def _narrowed(self, net: Normalised, calibration: Calibration | None) -> tuple[list[dict[str, Any]], list[str]]:
+        from kd.compress.channels import OUTPUTS
         from kd.compress.prune import prune
         from kd.training.seeds import mix
 
@@ -183,7 +184,8 @@ class Prune:
         net.net = made.net
         reasons: dict[str, list[str]] = {}
         for path, reason in made.whole.items():
-            reasons.setdefault(reason, []).append(path)
+            if reason != OUTPUTS:  # that goes without saying
+                reasons.setdefault(reason, []).append(path)
         said = [f"{listed(paths)} whole: {reason}" for reason, paths in reasons.items()]
         return [{**made.change, "left": made.left}], said
 

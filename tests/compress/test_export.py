@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kd.compress.export import answer, file_bytes, needs, quiet, session, to_onnx, to_pt2, told
-from kd.compress.measure import looking
+from kd.compress.export import answer, needs, quiet, session, to_onnx, to_pt2, told
+from kd.compress.measure import file_bytes, looking
 from kd.compress.quantize import begin, candidates, finish, ranges_of
 from kd.errors import InputError, KDError
 from kd.models import create

@@ -17,6 +17,8 @@ from kd.report.rows import (
     related,
     varying_settings,
 )
+from kd.report.tables import layout
+from kd.store import digest
 from tests.report.cards import STUDENT, card, family, lookup
 from tests.report.cards import TEACHER as TEACHER_MODEL
 
@@ -70,10 +72,46 @@ def test_a_model_without_a_teacher_has_no_teacher_dials():
     assert "temperature" not in row and "alpha" not in row and row["seed"] == 0
 
 
-def test_another_stage_is_named_after_itself():
-    pruned = {**family((1,), (0.5,), (0,))[-1]}
-    pruned["document"] = {**pruned["document"], "stage": "kd.stages.Prune"}
-    assert collect([pruned])[0]["role"] == "prune"
+def step(stage, source, accuracy, name, **more):
+    """A card of a compression's stage, made from another card."""
+    made = card("Train", STUDENT, accuracy, inputs={"model": source["key"], **more})
+    document = {**made["document"], "stage": f"kd.stages.{stage}"}
+    document["config"] = {"seed": 0, "data": {"name": "mnist"}, "amount": 0.5}
+    return {**made, "stage": name, "document": document, "key": digest(document)}
+
+
+def test_steps_of_a_compression_have_rows_with_the_accuracy_before_and_after():
+    *others, student = family((1,), (0.5,), (0,))
+    pruned = step("Prune", student, 0.4, "prune")
+    pruned["marks"] = ["collapsed"]
+    recovered = step("FineTune", pruned, 0.96, "prune_recover", teacher=others[0]["key"])
+    rows = {row["key"]: row for row in collect([pruned, recovered], lookup([*others, student, pruned]))}
+    first, second = rows[pruned["key"]], rows[recovered["key"]]
+    assert (first["role"], first["step"], second["role"], second["step"]) == (
+        "pruned", "prune", "recovered", "prune_recover",
+    )  # fmt: skip
+    assert first["before/accuracy"] == student["metrics"]["test/accuracy"] and second["before/accuracy"] == 0.4
+    assert first["model"] == second["model"] == STUDENT["name"]
+    assert first["marks"] == "collapsed" and second["marks"] is None
+    assert first["teacher/accuracy"] == second["teacher/accuracy"] == others[0]["metrics"]["test/accuracy"]
+    assert collect([pruned])[0]["before/accuracy"] is None
+
+
+def test_a_compression_reads_from_its_start_to_its_end():
+    teacher, labels, *_, student = family((1,), (0.5,), (0,))
+    pruned = step("Prune", student, 0.4, "prune")
+    recovered = step("FineTune", pruned, 0.96, "prune_recover", teacher=teacher["key"])
+    rows = collect([recovered, pruned, student, labels, teacher])
+    assert [row["role"] for row in rows] == [TEACHER, DISTILLED, "pruned", "recovered"]
+
+
+def test_what_a_step_is_set_to_is_a_column_where_it_varies():
+    *_, student = family((1,), (0.5,), (0,))
+    made = [step("Prune", student, 0.4, "prune") for _ in range(2)]
+    made[1]["document"]["config"] = {**made[1]["document"]["config"], "amount": 0.7}
+    made[1]["key"] = digest(made[1]["document"])
+    columns, _ = layout(collect(made, lookup([student])))
+    assert "config.amount" in columns
 
 
 def test_the_gain_pairs_seeds_and_falls_back_on_the_mean():
