@@ -8,6 +8,7 @@ features of one kind, `alike`; then tokens are laid on their grid where the othe
 
 from __future__ import annotations
 
+import inspect
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
@@ -174,6 +175,45 @@ def with_shape(view: str, shapes: Mapping[str, Sequence[int]]) -> str:
 def each(views: Views) -> Sequence[str]:
     """One view, or a list of them, as a list."""
     return [views] if isinstance(views, str) else views
+
+
+def check_roles(loss: Any, given: Collection[str]) -> None:
+    """Refuse a term that does not name what its loss needs, or names what it does not take.
+
+    Args:
+        loss: the term's module; one that passes views on (`**others`) to the `loss` it holds needs what that needs.
+        given: the roles that the term names: `student`, `teacher`, `target`, `feature`, `row`.
+
+    Raises:
+        InputError: in one line.
+
+    >>> from kd.losses.logits import CrossEntropy
+    >>> check_roles(CrossEntropy(), ["student"])
+    Traceback (most recent call last):
+        ...
+    kd.errors.InputError: CrossEntropy needs a target, and its term names none; add target: batch.target
+    """
+    try:
+        parameters = inspect.signature(loss.forward).parameters.values()
+    except (TypeError, ValueError):  # a loss of the user's, in another language
+        return
+    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    needed = [p.name for p in parameters if p.name in named and p.default is p.empty]
+    open_ = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    for role in needed:
+        if role not in given:
+            example = f"batch.{role}" if role in ("target", "row") else f"{role.replace('feature', 'student')}.logits"
+            raise InputError(f"{type(loss).__name__} needs a {role}, and its term names none; add {role}: {example}")
+    foreign = [role for role in given if role not in named]
+    if foreign and not open_ and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        raise InputError(
+            f"{type(loss).__name__} takes {', '.join(named)}, and its term names a {foreign[0]} too; leave it out"
+        )
+    inner: Any = getattr(loss, "loss", None)
+    if open_ and hasattr(inner, "forward"):
+        wanted = inspect.signature(inner.forward).parameters
+        passing = any(p.kind is p.VAR_KEYWORD for p in wanted.values())
+        check_roles(inner, [role for role in given if passing or role in wanted])
 
 
 def tried(what: Callable[[], Any], said: str) -> Any:

@@ -92,6 +92,7 @@ class Term:
                     f"a term reads {view!r} as its {role}; a name that begins with '{side}.' was meant, such as "
                     f"{example!r}"
                 )
+        binding.check_roles(self.loss, ["student", *self.names()])
         for path in self.schedule:
             if path != "weight":
                 _owners(self.loss, path)
@@ -184,7 +185,8 @@ class Objective(nn.Module):
         """Whether an active term names a part of that side's network, so that `resolve` needs its outline.
 
         >>> from kd.losses.logits import CrossEntropy
-        >>> Objective({"ce": Term(CrossEntropy(), 1, student="student.last")}).names_parts("student")
+        >>> ce = Term(CrossEntropy(), 1, student="student.last", target="batch.target")
+        >>> Objective({"ce": ce}).names_parts("student")
         True
         """
         return any(binding.parts(term.names(), side) for term in self.active.values())

@@ -17,8 +17,10 @@ from torch.testing import assert_close
 from kd.errors import InputError
 from kd.instantiate import instantiate
 from kd.losses.feature import Hint
-from kd.losses.logits import CrossEntropy, SoftTargetKL, cross_entropy, soft_target_kl
-from kd.losses.self_taught import PSKD, pskd
+from kd.losses.logits import CrossEntropy, SoftTargetKL, Standardised, cross_entropy, soft_target_kl
+from kd.losses.response import DKD
+from kd.losses.self_taught import PSKD, USKD, pskd
+from kd.losses.sequence import ForwardKL
 from kd.objective import Objective, Term
 
 CONF = Path(__file__).resolve().parents[1] / "conf" / "loss"
@@ -207,9 +209,50 @@ def test_a_missing_view_is_named_with_the_nearest_there_is() -> None:
         objective({"student.logits": STUDENT, "teacher.logit": TEACHER})
 
 
+class Named(nn.Module):
+    """A loss that takes anything and hands it on."""
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, student: Tensor, **others: Tensor) -> Tensor:
+        return self.loss(student=student, **others)
+
+
+@pytest.mark.parametrize(
+    ("loss", "roles", "said"),
+    [
+        (DKD(), {"teacher": "teacher.logits"}, "DKD needs a target, and its term names none; add target: batch.target"),
+        (DKD(), {"target": "batch.target"}, "DKD needs a teacher, .* add teacher: teacher.logits"),
+        (USKD(), {"target": "batch.target"}, "USKD needs a feature, .* add feature: student.logits"),
+        (Standardised(DKD()), {"teacher": "teacher.logits"}, "DKD needs a target"),
+        (Named(Named(DKD())), {"teacher": "teacher.logits"}, "DKD needs a target"),
+        (
+            SoftTargetKL(4.0),
+            {"teacher": "teacher.logits", "target": "batch.target"},
+            "SoftTargetKL takes student, teacher, and its term names a target too; leave it out",
+        ),
+    ],
+)
+def test_a_missing_target_or_one_too_many_is_refused_in_one_line(loss, roles, said) -> None:
+    with pytest.raises(InputError, match=said) as caught:
+        Term(loss, 1.0, student="student.logits", **roles)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_loss_that_needs_no_target_may_be_given_one() -> None:
+    loss = ForwardKL()
+    assert Term(loss, 1.0, "student.logits", "teacher.logits").target is None
+    assert Term(loss, 1.0, "student.logits", "teacher.logits", "batch.target").target == "batch.target"
+
+
 def test_a_loss_that_is_no_scalar_is_refused() -> None:
-    objective = Objective({"rows": Term(nn.CrossEntropyLoss(reduction="none"), 1, student="student.logits")})
-    objective.losses["rows"].forward = lambda student: student.sum(1)
+    class Rows(nn.Module):
+        def forward(self, student: Tensor) -> Tensor:
+            return student.sum(1)
+
+    objective = Objective({"rows": Term(Rows(), 1, student="student.logits")})
     with pytest.raises(InputError, match=r"term 'rows' has shape \(2,\)"):
         objective(VIEWS)
 
@@ -293,7 +336,7 @@ def test_a_role_may_be_a_list_of_views_and_its_loss_is_given_lists() -> None:
 
 
 def test_what_a_list_lacks_is_named() -> None:
-    objective = Objective({"a": Term(Hint(), 1.0, student=["student.conv3", "student.conv4"])})
+    objective = Objective({"a": Term(Hint(), 1.0, ["student.conv3", "student.conv4"], "teacher.conv3")})
     with pytest.raises(InputError, match=r"term 'a' reads 'student\.conv4'.*did you mean 'student\.conv3'"):
         objective.bind(SHAPES)
 

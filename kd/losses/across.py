@@ -133,13 +133,13 @@ class ReviewKD(nn.Module):
             assert isinstance(parts, nn.ModuleDict)
             if s.shape[1] != parts["squeeze"][0].in_channels:  # type: ignore[index]
                 raise InputError(f"the student's maps have {s.shape[1]} channels, and reviewkd was bound to others")
-            maps = parts["squeeze"](s)
+            maps = layers.through(parts["squeeze"], s)
             if carried is not None:
                 carried = _nearest(carried, maps)
                 shares = parts["attend"](torch.cat([maps, carried], dim=1))
                 maps = maps * shares[:, :1] + carried * shares[:, 1:]
             carried = _nearest(maps, t)
-            fused.insert(0, parts["spread"](carried))
+            fused.insert(0, layers.through(parts["spread"], carried))
         return self.factor * hcl(fused, [t for _, t in found])
 
 

@@ -80,10 +80,10 @@ def logits(name: str, values: Tensor) -> Tensor:
     >>> logits("student", torch.zeros(2, 3, dtype=torch.bfloat16)).dtype
     torch.float32
     """
-    if values.ndim != 2 or not values.is_floating_point():
-        raise InputError(f"the {name}'s logits are {_spelt(values)}; a loss on logits needs floats of shape (N, C)")
+    if not floats(values) or values.ndim != 2:
+        raise InputError(f"the {name}'s logits are {spelt(values)}; a loss on logits needs floats of shape (N, C)")
     if not values.numel():
-        raise InputError(f"the {name}'s logits are {_spelt(values)}: a batch without samples has no mean")
+        raise InputError(f"the {name}'s logits are {spelt(values)}: a batch without samples has no mean")
     return widened(values)
 
 
@@ -124,9 +124,9 @@ def labels(target: Tensor, student: Tensor) -> Tensor:
         ...
     kd.errors.InputError: a label is no class of the student's 3: they go from 0 to 3
     """
-    if target.shape != student.shape[:1] or target.is_floating_point() or target.dtype == torch.bool:
+    if not whole_numbers(target) or target.shape != student.shape[:1]:
         raise InputError(
-            f"the target is {_spelt(target)}; logits of shape {tuple(student.shape)} need {len(student)} class indices"
+            f"the target is {spelt(target)}; logits of shape {tuple(student.shape)} need {len(student)} class indices"
         )
     # A GPU would have to be waited for at every step; there the index is checked by the kernel that uses it.
     if target.device.type == "cpu":
@@ -181,9 +181,9 @@ def rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     (torch.Size([2, 48]), torch.Size([2, 5]))
     """
     for name, values in (("student", student), ("teacher", teacher)):
-        if values.ndim < 2 or not values.is_floating_point() or not values.numel():
+        if not floats(values) or values.ndim < 2 or not values.numel():
             raise InputError(
-                f"the {name}'s features are {_spelt(values)}; a loss on relations needs floats of shape (N, …), "
+                f"the {name}'s features are {spelt(values)}; a loss on relations needs floats of shape (N, …), "
                 "not empty"
             )
     if len(student) != len(teacher):
@@ -221,5 +221,34 @@ def widened(values: Tensor) -> Tensor:
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
-def _spelt(values: Tensor) -> str:
-    return f"{str(values.dtype).removeprefix('torch.')} of shape {tuple(values.shape)}"
+def floats(values: object) -> bool:
+    """Whether these are a tensor of real numbers that a gradient can be taken of.
+
+    >>> floats(torch.zeros(2)), floats(torch.arange(2)), floats([torch.zeros(2)])
+    (True, False, False)
+    """
+    return isinstance(values, Tensor) and values.is_floating_point()
+
+
+def whole_numbers(values: object) -> bool:
+    """Whether these are a tensor of integers; booleans are none.
+
+    >>> whole_numbers(torch.arange(2)), whole_numbers(torch.zeros(2)), whole_numbers(torch.ones(2) > 0)
+    (True, False, False)
+    """
+    if not isinstance(values, Tensor) or values.dtype == torch.bool:
+        return False
+    return not values.is_floating_point() and not values.is_complex()
+
+
+def spelt(values: object) -> str:
+    """What was given, for a message.
+
+    >>> spelt(torch.zeros(2, 3)), spelt([torch.zeros(2)]), spelt(None)
+    ('float32 of shape (2, 3)', 'a list of 1', 'nothing')
+    """
+    if isinstance(values, Tensor):
+        return f"{str(values.dtype).removeprefix('torch.')} of shape {tuple(values.shape)}"
+    if isinstance(values, list | tuple):
+        return f"a list of {len(values)}"
+    return "nothing" if values is None else f"of type {type(values).__name__}"

@@ -174,10 +174,10 @@ class CRD(nn.Module):
         memories = self.memory_student, self.memory_teacher
         if memories[0] is None or memories[1] is None or self.classes is None:
             raise InputError("crd is used before it knows its shapes; call bind(student, teacher, row) first")
-        if target.shape != row.shape or row.shape != student.shape[:1]:
+        if not all(checks.whole_numbers(each) and each.shape == student.shape[:1] for each in (target, row)):
             raise InputError(
-                f"crd is given {len(student)} samples with targets of shape {tuple(target.shape)} and rows of shape "
-                f"{tuple(row.shape)}; one of each a sample was meant"
+                f"crd is given {len(student)} samples with targets that are {checks.spelt(target)} and rows that are "
+                f"{checks.spelt(row)}; whole numbers, one of each a sample, were meant"
             )
         samples = len(self.classes)
         # A GPU would have to be waited for at every step; there the index is checked by the kernel that uses it.

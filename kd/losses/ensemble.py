@@ -227,7 +227,13 @@ class Gate(nn.Module):
         if not isinstance(self.scores, nn.Linear):
             raise InputError("a gate is used before it knows its shapes; call bind(student, teachers) first")
         teachers = _listed(student, teacher)
-        seen = checks.widened((student if feature is None else feature).detach())
+        seen = student if feature is None else feature
+        if not checks.floats(seen) or seen.ndim not in (2, 4) or len(seen) != len(student) or not seen.numel():
+            raise InputError(
+                f"a gate is given a feature that is {checks.spelt(seen)} for {len(student)} samples; maps (N, D, H, W) "
+                "or vectors (N, D) of the same samples were meant"
+            )
+        seen = checks.widened(seen.detach())
         seen = seen.amax(dim=(2, 3)) if seen.ndim == 4 else seen
         if (seen.shape[1], len(teachers)) != (self.scores.in_features, self.scores.out_features):
             raise InputError(
@@ -290,6 +296,8 @@ class RandomChoice(nn.Module):
         """The scalar for logits (N, C) of the student's and a list of the teachers', None for those not drawn."""
         teachers = [teacher] if isinstance(teacher, Tensor) else list(teacher)
         _listed(student, [one for one in teachers if one is not None])
+        if not teachers:
+            raise InputError("there is no teacher to draw; name a view or more, such as [teacher1.logits]")
         (index,) = self.heard(len(teachers))
         return _against(self.loss, student, teachers[index], others)
 
@@ -370,7 +378,7 @@ class Each(nn.Module):
 
 
 def _listed(student: Tensor, teacher: Teachers) -> list[Tensor]:
-    teachers = [teacher] if isinstance(teacher, Tensor) else list(teacher)
+    teachers: list[Any] = list(teacher) if isinstance(teacher, list | tuple) else [teacher]
     for one in teachers:
         checks.pair(student, one)
     return teachers

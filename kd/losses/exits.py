@@ -159,13 +159,17 @@ class _MapHead(nn.Module):
             self.body.append(nn.Conv2d(channels, width, 1))
         self.classifier = nn.Linear(width, classes)
 
-    def forward(self, maps: Tensor) -> Tensor:
-        if maps.ndim != 4 or maps.shape[1] != self.channels:
+    def pooled(self, maps: Tensor) -> Tensor:
+        """The vector (N, D) that the classifier reads."""
+        if not checks.floats(maps) or maps.ndim != 4 or maps.shape[1] != self.channels:
             raise InputError(
-                f"the student's features are of shape {tuple(maps.shape)}; ofa_exits was bound to maps of "
-                f"{self.channels} channels"
+                f"the student's features are {checks.spelt(maps)}; this exit was bound to maps of {self.channels} "
+                "channels"
             )
-        logits: Tensor = self.classifier(self.body(maps).mean(dim=(2, 3)))
+        return layers.through(self.body, maps).mean(dim=(2, 3))
+
+    def forward(self, maps: Tensor) -> Tensor:
+        logits: Tensor = self.classifier(self.pooled(maps))
         return logits
 
 
@@ -187,10 +191,10 @@ class _TokenHead(nn.Module):
         self.classifier = nn.Linear(width, classes)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        if tuple(tokens.shape[1:]) != self.shape:
+        if not checks.floats(tokens) or tuple(tokens.shape[1:]) != self.shape:
             raise InputError(
-                f"the student's features are of shape {tuple(tokens.shape)}; ofa_exits was bound to {self.shape[0]} "
-                f"tokens of width {self.shape[1]}"
+                f"the student's features are {checks.spelt(tokens)}; ofa_exits was bound to {self.shape[0]} tokens of "
+                f"width {self.shape[1]}"
             )
         first = self.first or 0
         before, patches = tokens[:, :first], tokens[:, first:]

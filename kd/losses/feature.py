@@ -150,15 +150,16 @@ class Hint(nn.Module):
         if self._widths is None or self.projection is None:
             raise InputError("a hint is used before it knows its shapes; call bind(student_shape, teacher_shape) first")
         rank, width, _ = self._widths
-        if student.ndim != rank or student.shape[1 if rank == 4 else -1] != width or not student.numel():
+        fits = checks.floats(student) and student.ndim == rank and student.numel()
+        if not fits or student.shape[1 if rank == 4 else -1] != width:
             raise InputError(
-                f"the student's features are of shape {tuple(student.shape)}; this hint was bound to {rank} axes "
-                f"and width {width}"
+                f"the student's features are {checks.spelt(student)}; this hint was bound to {rank} axes "
+                f"and width {width}, of floats"
             )
-        if rank == 4 and teacher.ndim == 4:
+        if rank == 4 and checks.floats(teacher) and teacher.ndim == 4:
             grid = min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3])
             student, teacher = averaged(student, grid), averaged(teacher, grid)
-        return hint(self.projection(student), teacher)
+        return hint(layers.through(self.projection, student), teacher)
 
 
 class VID(nn.Module):
@@ -277,8 +278,9 @@ def _projection(rank: int, student: int, teacher: int) -> nn.Module:
 
 
 def _same(student: Tensor, teacher: Tensor) -> None:
-    if student.shape != teacher.shape or not student.numel():
+    both = checks.floats(student) and checks.floats(teacher)
+    if not both or student.shape != teacher.shape or not student.numel():
         raise InputError(
-            f"features of shape {tuple(student.shape)} (student) and {tuple(teacher.shape)} (teacher) cannot be "
-            "compared; they must be of the same shape and not empty"
+            f"features that are {checks.spelt(student)} (student) and {checks.spelt(teacher)} (teacher) cannot be "
+            "compared; they must be floats of the same shape and not empty"
         )

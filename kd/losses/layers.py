@@ -69,9 +69,9 @@ def maps(student: Tensor, teacher: Tensor, widths: bool = True) -> tuple[Tensor,
     (torch.Size([2, 3, 4, 4]), torch.Size([2, 5, 4, 4]))
     """
     for name, values in (("student", student), ("teacher", teacher)):
-        if values.ndim != 4 or not values.is_floating_point() or not values.numel():
+        if not checks.floats(values) or values.ndim != 4 or not values.numel():
             raise InputError(
-                f"the {name}'s features are of shape {tuple(values.shape)}; a loss on maps needs floats of shape "
+                f"the {name}'s features are {checks.spelt(values)}; a loss on maps needs floats of shape "
                 "(N, C, H, W), not empty"
             )
     if len(student) != len(teacher):
@@ -165,7 +165,7 @@ class Connectors(nn.ModuleList):
             taken = next((m.in_channels for m in part.modules() if isinstance(m, nn.Conv2d)), ours.shape[1])
             if taken != ours.shape[1]:
                 raise InputError(f"the student's maps have {ours.shape[1]} channels; {self.loss} was bound to {taken}")
-        return [(part(ours), theirs) for part, (ours, theirs) in zip(self, found, strict=True)]
+        return [(through(part, ours), theirs) for part, (ours, theirs) in zip(self, found, strict=True)]
 
 
 def summed(parts: Sequence[Tensor]) -> Tensor:
@@ -175,6 +175,28 @@ def summed(parts: Sequence[Tensor]) -> Tensor:
     tensor(3.)
     """
     return torch.stack(list(parts)).sum()
+
+
+def through(part: nn.Module, features: Tensor) -> Tensor:
+    """What a trained part makes of features.
+
+    Raises:
+        InputError: if batch norm, in training, is given one number a channel.
+
+    >>> through(nn.BatchNorm2d(3), torch.zeros(1, 3, 1, 1))
+    Traceback (most recent call last):
+        ...
+    kd.errors.InputError: features of shape (1, 3, 1, 1) are one number a channel, of which batch norm can tell no \
+deviation; take a batch of more samples, or a layer of more positions
+    """
+    try:
+        found: Tensor = part(features)
+    except ValueError as error:
+        raise InputError(
+            f"features of shape {tuple(features.shape)} are one number a channel, of which batch norm can tell no "
+            "deviation; take a batch of more samples, or a layer of more positions"
+        ) from error
+    return found
 
 
 def averaged(maps: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -206,7 +228,7 @@ def _windows(size: int, parts: int) -> Tensor:
 
 
 def _listed(features: Layers) -> list[Tensor]:
-    return [features] if isinstance(features, Tensor) else list(features)
+    return list(features) if isinstance(features, list | tuple) else [features]  # type: ignore[list-item]
 
 
 def _matched(student: int, teacher: int) -> None:

@@ -284,7 +284,7 @@ class ParaphrasedFT(nn.Module):
         self.rate, self.rebuild = checks.positive("rate", rate), checks.within("rebuild", rebuild)
         for name in ("translator", "paraphraser", "rebuilder"):
             self.register_module(name, None)
-        self._width = 0
+        self._widths = 0, 0
 
     def bind(self, student_shape: tuple[int, ...], teacher_shape: tuple[int, ...]) -> None:
         """Make the three nets, drawing their weights from the global generator; a second time it does nothing.
@@ -301,7 +301,7 @@ class ParaphrasedFT(nn.Module):
             )
         ours, theirs = student_shape[1], teacher_shape[1]
         factor = max(round(self.rate * theirs), 1)
-        self._width = theirs
+        self._widths = ours, theirs
         self.translator = _stack(nn.Conv2d, [ours, ours, factor, factor], norm=True)
         self.paraphraser = _stack(nn.Conv2d, [theirs, theirs, factor, factor], norm=False)
         self.rebuilder = _stack(nn.ConvTranspose2d, [factor, factor, theirs, theirs], norm=False)
@@ -315,13 +315,13 @@ class ParaphrasedFT(nn.Module):
         if self.translator is None or self.paraphraser is None or self.rebuilder is None:
             raise InputError("factor transfer is used before it knows its shapes; call bind(student, teacher) first")
         student, teacher = layers.maps(student, teacher)
-        if teacher.shape[1] != self._width:
-            raise InputError(f"the teacher's maps have {teacher.shape[1]} channels; they were bound to {self._width}")
+        for side, features, width in zip(("student", "teacher"), (student, teacher), self._widths, strict=True):
+            if features.shape[1] != width:
+                raise InputError(f"the {side}'s maps have {features.shape[1]} channels; they were bound to {width}")
         factor = self.paraphraser(teacher)
         rebuilt = F.mse_loss(checks.widened(self.rebuilder(factor)), checks.widened(teacher))
-        ours, theirs = (
-            F.normalize(checks.widened(m).flatten(1), dim=1) for m in (self.translator(student), factor.detach())
-        )
+        translated = layers.through(self.translator, student)
+        ours, theirs = (F.normalize(checks.widened(m).flatten(1), dim=1) for m in (translated, factor.detach()))
         return F.l1_loss(ours, theirs) + self.rebuild * rebuilt
 
 

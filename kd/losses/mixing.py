@@ -139,14 +139,15 @@ def stacked(teachers: Sequence[Tensor]) -> Tensor:
     """
     if not len(teachers):
         raise InputError("there is no teacher to hear; name a view or more, such as [teacher1.logits,teacher2.logits]")
-    first = teachers[0]
-    for other in teachers[1:]:
+    wide = [checks.logits("teacher", teacher) for teacher in teachers]
+    first = wide[0]
+    for other in wide[1:]:
         if other.shape != first.shape:
             raise InputError(
                 f"the teachers' logits are of shapes {tuple(first.shape)} and {tuple(other.shape)}; mix nets of the "
                 "same classes on the same batch"
             )
-    return torch.stack([checks.logits("teacher", teacher) for teacher in teachers])
+    return torch.stack(wide)
 
 
 def _rest(shares: Tensor) -> Tensor:

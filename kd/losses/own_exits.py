@@ -114,7 +114,7 @@ class BYOT(nn.Module):
         if len(maps) != len(self.heads) + 1:
             raise InputError(f"byot was bound to {len(self.heads) + 1} layers and is given {len(maps)}")
         heads = [cast(_MapHead, head) for head in self.heads]
-        pooled = [head.body(map_).mean(dim=(2, 3)) for head, map_ in zip(heads, maps[:-1], strict=True)]
+        pooled = [head.pooled(map_) for head, map_ in zip(heads, maps[:-1], strict=True)]
         logits = [head.classifier(vector) for head, vector in zip(heads, pooled, strict=True)]
         loss = byot(logits, feature, target, self.alpha, self.temperature)
         if self.features == 0:

@@ -259,10 +259,10 @@ class Embedded(nn.Module):
         for name, layer, rows in (("student", self.student, student), ("teacher", self.teacher, teacher)):
             if not isinstance(layer, nn.Linear):
                 raise InputError("an embedding is used before it knows its shapes; call bind(student, teacher) first")
-            if rows.ndim < 2 or math.prod(rows.shape[1:]) != layer.in_features:
+            if not checks.floats(rows) or rows.ndim < 2 or math.prod(rows.shape[1:]) != layer.in_features:
                 raise InputError(
-                    f"the {name}'s features are of shape {tuple(rows.shape)}; this embedding was bound to "
-                    f"{layer.in_features} of them a sample"
+                    f"the {name}'s features are {checks.spelt(rows)}; this embedding was bound to "
+                    f"{layer.in_features} of them a sample, in floats"
                 )
             embedded[name] = layer(rows.flatten(1))
         found: Tensor = self.loss(**embedded)

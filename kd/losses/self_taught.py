@@ -304,9 +304,12 @@ class USKD(nn.Module):
         """
         if not isinstance(self.weak, nn.Linear):
             raise InputError("uskd is used before it knows its shapes; call bind(student_shape, feature_shape) first")
-        if feature.ndim not in (2, 4) or feature.shape[1] != self.weak.in_features:
+        student = checks.logits("student", student)
+        fits = checks.floats(feature) and feature.ndim in (2, 4) and feature.numel()
+        if not fits or feature.shape[1] != self.weak.in_features or feature.shape[:1] != student.shape[:1]:
             raise InputError(
-                f"the feature is of shape {tuple(feature.shape)}; uskd was bound to width {self.weak.in_features}"
+                f"the feature is {checks.spelt(feature)} beside logits of shape {tuple(student.shape)}; uskd was bound "
+                f"to width {self.weak.in_features}, as many samples, in floats"
             )
         vectors = feature.mean(dim=(2, 3)) if feature.ndim == 4 else feature
         return uskd(student, self.weak(vectors), target, self.alpha, self.beta, self.mu)

@@ -53,10 +53,10 @@ def check_tokens(name: str, values: Tensor) -> None:
     Raises:
         InputError: if they are no floats of shape (N, C) or (B, L, C), or empty.
     """
-    if values.ndim not in (2, 3) or not values.is_floating_point() or not values.numel():
+    if not checks.floats(values) or values.ndim not in (2, 3) or not values.numel():
         raise InputError(
-            f"the {name}'s logits are {str(values.dtype).removeprefix('torch.')} of shape {tuple(values.shape)}; "
-            "a loss on tokens needs floats of shape (N, C) or (B, L, C), not empty"
+            f"the {name}'s logits are {checks.spelt(values)}; a loss on tokens needs floats of shape (N, C) or "
+            "(B, L, C), not empty"
         )
 
 
@@ -169,9 +169,10 @@ def _counts(target: Tensor | None, student: Tensor) -> Tensor | None:
     """True for each token that counts; None where all do."""
     if target is None:
         return None
-    if target.shape != student.shape[:-1] or target.is_floating_point():
+    mask = isinstance(target, Tensor) and target.dtype == torch.bool
+    if not (mask or checks.whole_numbers(target)) or target.shape != student.shape[:-1]:
         raise InputError(
-            f"the target is {str(target.dtype).removeprefix('torch.')} of shape {tuple(target.shape)}; logits of shape "
-            f"{tuple(student.shape)} need a label or a mask a token, {tuple(student.shape[:-1])}"
+            f"the target is {checks.spelt(target)}; logits of shape {tuple(student.shape)} need a label or a mask a "
+            f"token, {tuple(student.shape[:-1])}"
         )
-    return target if target.dtype == torch.bool else target != IGNORED
+    return target if mask else target != IGNORED

@@ -133,7 +133,7 @@ def test_layers_that_no_projection_joins_are_refused(
         (lambda: Hint()(student=wave(2, 3), teacher=wave(2, 3)), "call bind"),
         (lambda: bound((2, 3), (2, 3))(student=wave(2, 4), teacher=wave(2, 3)), "bound to 2 axes and width 3"),
         (lambda: bound((2, 3), (2, 3))(student=wave(2, 3, 3), teacher=wave(2, 3)), "bound to 2 axes"),
-        (lambda: bound((2, 3), (2, 3))(student=wave(0, 3), teacher=wave(0, 3)), "the student's features are of shape"),
+        (lambda: bound((2, 3), (2, 3))(student=wave(0, 3), teacher=wave(0, 3)), "the student's features are float"),
         (lambda: bound((2, 3), (2, 3))(student=wave(2, 3), teacher=wave(2, 4)), "cannot be compared"),
     ],
 )

@@ -45,7 +45,7 @@ def test_the_larger_of_two_maps_is_averaged_down_in_each_direction() -> None:
 @pytest.mark.parametrize(
     ("student", "teacher", "words"),
     [
-        (torch.zeros(2, 3), torch.zeros(2, 3, 1, 1), r"student's features are of shape \(2, 3\)"),
+        (torch.zeros(2, 3), torch.zeros(2, 3, 1, 1), r"student's features are float32 of shape \(2, 3\)"),
         (torch.zeros(2, 3, 1, 1), torch.zeros(2, 3, 1, 1, dtype=torch.long), "teacher's features"),
         (torch.zeros(0, 3, 1, 1), torch.zeros(0, 3, 1, 1), "not empty"),
         (torch.zeros(2, 3, 1, 1), torch.zeros(1, 3, 1, 1), "of 2 samples and the teacher's of 1"),

@@ -205,7 +205,10 @@ def test_an_embedding_brings_both_to_one_width_and_is_registered() -> None:
 
 @pytest.mark.parametrize(
     ("student", "teacher", "words"),
-    [(wave(5, 3), WIDE, "student's features are of shape"), (STUDENT, wave(5, 6), "was bound to 7 of them a sample")],
+    [
+        (wave(5, 3), WIDE, "features are float32 of shape"),
+        (STUDENT, wave(5, 6), "was bound to 7 of them a sample"),
+    ],
 )
 def test_features_that_an_embedding_was_not_bound_to_are_refused(student: Array, teacher: Array, words: str) -> None:
     loss = Embedded(CC(), 3)
