@@ -204,7 +204,7 @@ class SemCKD(nn.Module):
         Raises:
             InputError: if `bind` was not called, the maps are others, or the batch is larger than was said.
         """
-        ours, theirs = ([f] if isinstance(f, Tensor) else list(f) for f in (student, teacher))
+        ours, theirs = layers.listed(student), layers.listed(teacher)
         if self.queries is None or self.keys is None or self.regressors is None:
             raise InputError("semckd is used before it knows its shapes; call bind(student_shape, teacher_shape) first")
         if (len(ours), len(theirs)) != (len(self.queries), len(self.keys)):
@@ -264,7 +264,7 @@ def _bottleneck(student: int, teacher: int) -> nn.Sequential:
 
 def _positions(features: Tensor) -> Tensor:
     """Vectors (N, D) as maps of one position; maps as they are."""
-    return features[:, :, None, None] if features.ndim == 2 else features
+    return features[:, :, None, None] if checks.floats(features) and features.ndim == 2 else features
 
 
 def _nearest(maps: Tensor, like: Tensor) -> Tensor:

@@ -134,7 +134,7 @@ class OFAExits(nn.Module):
         Raises:
             InputError: if `bind` was not called, or the layers are others.
         """
-        found = [student] if isinstance(student, Tensor) else list(student)
+        found = layers.listed(student)
         if self.heads is None:
             raise InputError("ofa_exits is used before it knows its shapes; call bind(student, teacher) first")
         if len(found) != len(self.heads):

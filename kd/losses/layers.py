@@ -24,9 +24,19 @@ def pairs(student: Layers, teacher: Layers) -> list[tuple[Tensor, Tensor]]:
     >>> len(pairs([torch.zeros(1), torch.ones(1)], [torch.zeros(2), torch.ones(2)]))
     2
     """
-    ours, theirs = _listed(student), _listed(teacher)
+    ours, theirs = listed(student), listed(teacher)
     _matched(len(ours), len(theirs))
     return list(zip(ours, theirs, strict=True))
+
+
+def listed(features: Layers) -> list[Tensor]:
+    """One layer, or a list of them, as a list.
+
+    >>> len(listed(torch.zeros(1))), len(listed([torch.zeros(1), torch.zeros(2)]))
+    (1, 2)
+    """
+    several: Any = features
+    return list(several) if isinstance(several, list | tuple) else [several]
 
 
 def shapes(student: Shapes, teacher: Shapes) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -225,10 +235,6 @@ def _windows(size: int, parts: int) -> Tensor:
         window = slice(part * size // parts, -(-(part + 1) * size // parts))
         weights[part, window] = 1 / (window.stop - window.start)
     return weights
-
-
-def _listed(features: Layers) -> list[Tensor]:
-    return list(features) if isinstance(features, list | tuple) else [features]  # type: ignore[list-item]
 
 
 def _matched(student: int, teacher: int) -> None:

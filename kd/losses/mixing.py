@@ -128,6 +128,7 @@ def drawn(seed: int, position: float, count: int, take: int) -> list[int]:
 
 def mixed(each: Tensor, logs: Tensor, temperature: float) -> Tensor:
     """`mixture` of log-probabilities at `temperature` (K, N, C) by the logarithms of weights, (K,) or (K, N)."""
+    temperature = checks.positive("temperature", temperature)
     return temperature * torch.logsumexp(each + logs.reshape(*logs.shape, *(1,) * (3 - logs.ndim)), dim=0)
 
 

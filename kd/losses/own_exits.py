@@ -40,9 +40,10 @@ def byot(
     tensor(0.3466)
     """
     alpha = checks.within("alpha", alpha, 0.0, 1.0)
+    deepest = checks.logits("deepest exit", deepest).detach()
     each = []
     for exit_ in exits:
-        logits, goal = checks.pair(exit_, deepest.detach())
+        logits, goal = checks.pair(exit_, deepest)
         known = F.cross_entropy(logits, checks.labels(target, logits))
         each.append((1 - alpha) * known + alpha * soft_target_kl(logits, goal, temperature))
     return layers.summed(each)
@@ -108,7 +109,7 @@ class BYOT(nn.Module):
         Raises:
             InputError: if `bind` was not called, or the layers are others.
         """
-        maps = [student] if isinstance(student, Tensor) else list(student)
+        maps = layers.listed(student)
         if self.heads is None:
             raise InputError("byot is used before it knows its shapes; call bind(student, feature) first")
         if len(maps) != len(self.heads) + 1:
@@ -119,6 +120,11 @@ class BYOT(nn.Module):
         loss = byot(logits, feature, target, self.alpha, self.temperature)
         if self.features == 0:
             return loss
+        if not checks.floats(maps[-1]) or maps[-1].ndim != 4 or maps[-1].shape[:2] != pooled[-1].shape:
+            raise InputError(
+                f"the student's deepest features are {checks.spelt(maps[-1])}; byot was bound to maps of "
+                f"{pooled[-1].shape[1]} channels"
+            )
         goal = checks.widened(maps[-1].mean(dim=(2, 3)).detach())
         far = [(checks.widened(vector) - goal).square().sum() / 2 for vector in pooled]
         return loss + self.features * layers.summed(far)
