@@ -73,7 +73,10 @@ def complement(value: Any) -> Any:
     >>> complement(0.9), complement(0), complement(1)
     (0.1, 1.0, 0.0)
     """
-    return complemented(value) if is_schedule(value) else round(1.0 - float(value), 12)
+    if is_schedule(value):  # as plain data: OmegaConf would leave its own lists inside what a resolver gives
+        plain: Any = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        return complemented(plain)
+    return round(1.0 - float(value), 12)
 
 
 @dataclass(frozen=True)

@@ -225,3 +225,6 @@ def test_the_key_names_the_schedule_and_the_dial_tells_it_in_words(tmp_path: Pat
     plain, scheduled = planned(), planned("temperature={_target_:kd.schedules.Linear,start:4,end:1}")
     assert plain.nodes[:-1] == scheduled.nodes[:-1] and plain.key != scheduled.key
     assert scheduled.dials["temperature"] == "4 to 1 (linear)" and plain.dials["temperature"] == 4
+    steps = planned("alpha={_target_:kd.schedules.Step,values:[0.9,0],epochs:[3]}")
+    assert steps.nodes[-1].config["objective"]["ce"]["weight"]["values"] == [0.1, 1.0]
+    assert steps.dials["alpha"] == "0.9, 0 (steps)"
