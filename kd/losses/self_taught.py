@@ -174,13 +174,14 @@ def uskd(
         score.addcdiv_(chances, 1 - chances.gather(1, target) + 1e-6)
         zipf = by_rank(score, 1 / torch.arange(1, classes + 1, device=score.device, dtype=score.dtype))
         zipf.scatter_(1, target, 0.0)
-        zipf *= 1 / zipf.sum(dim=1, keepdim=True)
-        doubt = rest - torch.linalg.vecdot(zipf, student, dim=1)[:, None]
+        share = 1 / zipf.sum(dim=1, keepdim=True)
+        doubt = rest - share * torch.linalg.vecdot(zipf, student, dim=1)[:, None]
         smooth = _total(weak, chances) - 0.9 * weak.gather(1, target) - 0.1 * weak.mean(dim=1, keepdim=True)
         value = (alpha * certainty * surprise + beta * doubt + mu * smooth).mean()
         # Each cross-entropy's gradient is the probabilities less the goal.
         away = alpha * certainty * torch.sigmoid(rest - label)
-        pull = among.mul_((away + beta) / count).sub_(zipf, alpha=beta / count).scatter_(1, target, -away / count)
+        pull = among.mul_((away + beta) / count).addcmul_(zipf, share, value=-beta / count)
+        pull.scatter_(1, target, -away / count)
         at_label = (chances.gather(1, target) - 0.9 - 0.1 / classes) * (mu / count)
         weak_pull = chances.sub_(0.1 / classes).mul_(mu / count).scatter_(1, target, at_label)
     return with_gradients(value, (student, pull), (weak, weak_pull))
