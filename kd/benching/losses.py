@@ -40,7 +40,7 @@ PARTS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
 }
 NOTES = {
     "mlkd": "at each of five temperatures a KL and five products of all samples with all, of N²C multiplications each",
-    "uskd": "ranks all classes, as long as the KL; half a KL is the weak classifier that it trains, here on 16 channels",
+    "uskd": "ranks all classes, as long as the KL; half a KL is the weak classifier that it trains on 16 channels",
     "top_k_kl": "finds the 64 likeliest of all classes",
     "jsd": "two KLs against a mixture that is made in logarithms",
     "crd": "16384 negatives a sample, out of memories of 50000",
