@@ -63,7 +63,7 @@ def check(plans: list[Plan], store: Store, run: Run, tell: Tell = lambda event: 
             shape = repr([node.document["stage"], *(v for k, v in node.config.items() if k != "seed")])
             inputs = {role: stages[key] for role, key in node.inputs.items()}
             if artifact is None:
-                planned[id(stages[node.key])] = stages[node.key], inputs
+                planned[id(stages[node.key])] = stages[node.key], inputs, node.key
             if "model" in inputs:  # what it shapes is shaped by the stages before, too
                 shape = node.key
             if artifact is None and shape not in seen:

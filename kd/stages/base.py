@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,8 +43,8 @@ class Room:
     tell: Callable[[Event], None] = lambda event: None
     company: Company | None = None  # the other jobs of this process, if there are some
     trial: Trial | None = None  # what hears of each epoch and may give the training up
-    # In a rehearsal: each stage that is still to run, with its inputs, by its id.
-    planned: Mapping[int, tuple[Stage, Mapping[str, Stage | Artifact]]] = field(default_factory=dict)
+    # In a rehearsal: each stage that is still to run, with its inputs and its key, by its id.
+    planned: Mapping[int, tuple[Stage, Mapping[str, Stage | Artifact], str]] = field(default_factory=dict)
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         """What ``make`` gives, made once for all the jobs of this process that name it by the same ``key``."""
@@ -65,8 +66,14 @@ class Room:
             return load(source.path)
         if not hasattr(source, "stand_in"):
             raise InputError(f"{type(source).__name__} makes no network; name a stage that trains or compresses one")
-        made: Normalised = source.stand_in(self.planned.get(id(source), (source, {}))[1], self)
-        return made
+        _, inputs, key = self.planned.get(id(source), (source, {}, ""))
+        # A chain of steps asks for its beginning again and again; who gets it may change it.
+        made: Normalised
+        if not key:
+            made = source.stand_in(inputs, self)
+            return made
+        made = self.once(("stand-in", key), lambda: source.stand_in(inputs, self))
+        return copy.deepcopy(made)
 
     @property
     def data_dir(self) -> Path:

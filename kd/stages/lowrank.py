@@ -101,7 +101,7 @@ class LowRank:
         Raises:
             InputError: if a layer to keep is not there, or the budget cannot be met.
         """
-        self.stand_in(inputs, room)
+        room.stand_in(self)
 
     def stand_in(self, inputs: Mapping[str, Stage | Artifact], room: Room) -> Normalised:
         """The network as this stage will shape it, with weights that mean nothing."""

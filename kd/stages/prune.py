@@ -141,7 +141,7 @@ class Prune:
         Raises:
             InputError: if a layer to keep is not there, so much cannot go, or a package is missing.
         """
-        self.stand_in(inputs, room)
+        room.stand_in(self)
 
     def stand_in(self, inputs: Mapping[str, Stage | Artifact], room: Room) -> Normalised:
         """The network as this stage will shape it, with weights that mean nothing."""
