@@ -41,7 +41,7 @@ Row = dict[str, Any]
 SAMPLERS = ("tpe", "random")
 # What the stages of image classification measure without the test split; other stages may know other names.
 MEASURED = tuple(f"val/{name}" for name in ("accuracy", "accuracy_top5", "precision", "recall", "f1", "loss", "ece"))
-MEASURED += tuple(f"cost/{name}" for name in dict.fromkeys((*COST, "nonzero", "activation_bytes")))
+MEASURED += tuple(f"cost/{name}" for name in COST if name != "gzip_bytes")  # which only networks with zeros have
 _OURS = ("kd.stages.Train", "kd.stages.Distil")
 _FINISHED = {"COMPLETE": "done", "PRUNED": "pruned", "FAIL": "failed"}
 _TOLD = {"hit": "from the store", "done": "run"}
