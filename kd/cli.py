@@ -627,6 +627,7 @@ def bench_sweep(
     lone: Annotated[int, typer.Option(min=1, help="How many of the lone runs to run.")] = 16,
     counts: Annotated[str, typer.Option("--jobs", help="Jobs of a sweep, e.g. 1,4,16.")] = "1,4,16",
     launcher: Annotated[str, typer.Option(help="packed, basic or joblib.")] = "packed",
+    plain: Annotated[int, typer.Option(min=0, help="How many of the lone runs to run without our allocator too.")] = 1,
     as_json: Json = False,
 ) -> None:
     """Wall and CPU seconds of a 4x4 sweep: lone runs with a live teacher, ours, and a bare script's floor.
@@ -639,7 +640,7 @@ def bench_sweep(
         numbers = [int(word) for word in counts.split(",")]
     except ValueError as error:
         raise InputError(f"--jobs {counts}: give numbers of jobs, e.g. 1,4,16") from error
-    rows, table = measure(words or [], steps, epochs, lone, numbers, launcher)
+    rows, table = measure(words or [], steps, epochs, lone, numbers, launcher, plain)
     _json(rows) if as_json else _print(table)
 
 

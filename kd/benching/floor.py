@@ -56,11 +56,13 @@ def main(text: str) -> dict[str, object]:
     memory = {True: torch.channels_last, False: torch.contiguous_format}
     laid, asking = memory[fit.channels_last], memory[bool(config["labels"]["channels_last"])]
     teacher.to(memory_format=asking)
+    mixed = config["labels"]["precision"] == "bf16-mixed"
     for view in range(fit.epochs):
         logits = []
         for rows in torch.split(torch.arange(len(split), device=device), int(config["labels"]["batch_size"])):
             batch = augment(images[rows], data["augment"], 0, ids[rows], view, size)
-            logits.append(teacher(batch.contiguous(memory_format=asking)))
+            with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+                logits.append(teacher(batch.contiguous(memory_format=asking)).float())
         labels.append(torch.cat(logits))
     parts["labels_s"] = time.perf_counter() - started
 

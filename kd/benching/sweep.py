@@ -22,6 +22,7 @@ from rich.table import Table
 from kd.errors import InputError, KDError
 from kd.pipeline import launchers
 from kd.store import Store
+from kd.training.memory import VARIABLE
 
 TEMPERATURES, ALPHAS = (1, 2, 4, 8), (0.1, 0.4, 0.7, 0.9)
 BASE = (
@@ -34,13 +35,14 @@ _SUBREAPER = 36  # of prctl: who outlives its parent becomes ours, so that its p
 
 
 def bench_sweep(
-    words: list[str], steps: int, epochs: int, lone: int, counts: list[int], launcher: str = "packed"
+    words: list[str], steps: int, epochs: int, lone: int, counts: list[int], launcher: str = "packed", plain: int = 1
 ) -> tuple[dict[str, Any], Table]:
     """Wall and processor seconds of a grid over temperature and alpha, three ways, as data and as a table.
 
     (a) lone runs, each a command of its own with a live teacher; (b) one command of ours, with stored views, for each
     of ``counts`` jobs; (c) a bare script that makes the labels once and trains each student in a plain loop. The
-    teacher's own training is not part of any.
+    teacher's own training is not part of any. Some lone runs are run a second time with the allocator of the C library
+    as it comes, which is what a framework that does not tune it pays.
 
     Args:
         words: overrides, e.g. another pair.
@@ -49,6 +51,7 @@ def bench_sweep(
         lone: how many of the lone runs are run; the others are taken to cost as much on average.
         counts: jobs of a sweep; the largest is compared with the lone runs.
         launcher: of (b).
+        plain: how many of the lone runs are run with the allocator as it comes.
 
     Raises:
         InputError: if there are more jobs than the grid has.
@@ -71,13 +74,15 @@ def bench_sweep(
         teacher = root / "teacher"
         # Only to have the teacher: one that runs anew in each arm would hide what is compared.
         _command(["run", *base, "labels.live=true", f"run.store={teacher}", "fit.samples=64", "fit.epochs=1"])
-        for number in range(min(lone, most)):
+        runs = [
+            (kind, number) for kind, wanted in (("lone", lone), ("plain", plain)) for number in range(min(wanted, most))
+        ]
+        for kind, number in runs:
             temperature, alpha = grid[number]
-            store = _copy(teacher, root / f"lone{number}")
+            store = _copy(teacher, root / f"{kind}{number}")
             dials = [f"temperature={temperature}", f"alpha={alpha}"]
-            result.setdefault("lone", []).append(
-                _command(["run", *base, *dials, "labels.live=true", f"run.store={store}"])
-            )
+            run = ["run", *base, *dials, "labels.live=true", f"run.store={store}"]
+            result.setdefault(kind, []).append(_command(run, {VARIABLE: "system"} if kind == "plain" else {}))
         for count in counts:
             store = _copy(teacher, root / f"ours{count}")
             spread = [f"hydra/launcher={launcher}", f"run.store={store}"]
@@ -112,16 +117,17 @@ def _copy(teacher: Path, store: Path) -> Path:
     return store
 
 
-def _command(words: list[str]) -> dict[str, float]:
-    found = _timed([sys.executable, "-m", "kd", *words])
+def _command(words: list[str], environment: dict[str, str] | None = None) -> dict[str, float]:
+    found = _timed([sys.executable, "-m", "kd", *words], environment or {})
     return {name: found[name] for name in ("wall_s", "cpu_s")}
 
 
-def _timed(command: list[str]) -> dict[str, Any]:
+def _timed(command: list[str], environment: dict[str, str] | None = None) -> dict[str, Any]:
     """Wall seconds until a command has ended, and the processor seconds of it and of all that it started."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     started = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "KD_DATA": "."})
+    around = {**os.environ, "KD_DATA": ".", **(environment or {})}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=around)
     wall = time.perf_counter() - started
     with suppress(ChildProcessError):
         while True:  # the server that jobs are forked from ends a moment after its command
@@ -137,7 +143,10 @@ def _timed(command: list[str]) -> dict[str, Any]:
 def _summary(result: dict[str, Any], counts: list[int]) -> tuple[dict[str, Any], Table]:
     most, floor = max(counts), result["floor"]
     each = fmean(floor["students_s"])
-    lone = {name: most * fmean(run[name] for run in result["lone"]) for name in ("wall_s", "cpu_s")}
+    lone, plain = (
+        {name: most * fmean(run[name] for run in runs) for name in ("wall_s", "cpu_s")} if runs else {}
+        for runs in (result["lone"], result.get("plain", []))
+    )
     ours = result["ours"][most]
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in ("way", "jobs", "wall s", "CPU s", ""):
@@ -145,6 +154,9 @@ def _summary(result: dict[str, Any], counts: list[int]) -> tuple[dict[str, Any],
     ran = len(result["lone"])
     said = "" if ran == most else f"{ran} of them run"
     table.add_row("(a) lone runs, live teacher", str(most), f"{lone['wall_s']:.0f}", f"{lone['cpu_s']:.0f}", said)
+    if plain:
+        said = f"{len(result['plain'])} of them run, with {VARIABLE}=system"
+        table.add_row("… the allocator as it comes", str(most), f"{plain['wall_s']:.0f}", f"{plain['cpu_s']:.0f}", said)
     for count in counts:
         found = result["ours"][count]
         bound = floor["start_s"] + floor["labels_s"] + count * each
@@ -158,8 +170,12 @@ def _summary(result: dict[str, Any], counts: list[int]) -> tuple[dict[str, Any],
         "b/c cpu": ours["cpu_s"] / floor["cpu_s"],
         "a/b cpu": lone["cpu_s"] / ours["cpu_s"],
     }
+    if plain:
+        ratios |= {"plain/b": plain["wall_s"] / ours["wall_s"], "plain/b cpu": plain["cpu_s"] / ours["cpu_s"]}
     table.add_row("(b)/(c)", "", f"{ratios['b/c']:.2f}", f"{ratios['b/c cpu']:.2f}", "target 1.15 or less")
     table.add_row("(a)/(b)", "", f"{ratios['a/b']:.2f}", f"{ratios['a/b cpu']:.2f}", "")
+    if plain:
+        table.add_row("… the allocator as it comes", "", f"{ratios['plain/b']:.2f}", f"{ratios['plain/b cpu']:.2f}", "")
     later = result["ready_s"][1:] or result["ready_s"]
     table.add_row("a later job is ready", "", f"{median(later):.2f}", "", "from its start to its first batch; target 1")
     return {**result, "ratios": ratios, "ready_median_s": median(later), "processors": launchers.processors()}, table

@@ -27,6 +27,17 @@ def test_the_ratios_are_those_of_whole_commands():
     assert "2 of them run" in shown and "0.73 of the floor for 1" in shown and "a student 3.00" in shown
 
 
+def test_lone_runs_with_the_allocator_as_it_comes_have_a_ratio_of_their_own():
+    data, table = _summary({**RESULT, "plain": [{"wall_s": 22.0, "cpu_s": 42.0}]}, [1, 4])
+    assert data["ratios"]["plain/b"] == 4 * 22 / 22 and data["ratios"]["a/b"] == 4 * 11 / 22
+    assert "1 of them run, with KD_MALLOC=system" in text(table)
+
+
+def test_a_command_is_run_in_the_environment_that_is_asked_for():
+    code = "import os, sys; sys.stdout.write(os.environ['KD_MALLOC'])"
+    assert _timed([sys.executable, "-c", code], {"KD_MALLOC": "system"})["out"] == "system"
+
+
 @pytest.mark.parametrize(("count", "expected"), [(1, 1), (4, 4), (8, 8), (16, 16)])
 def test_the_first_jobs_of_the_grid_are_asked_for(count, expected):
     assert len(jobs(_grid(count), multirun=True)[0]) == expected
@@ -53,5 +64,5 @@ def test_a_command_that_fails_is_named_in_one_line():
 def test_a_small_sweep_is_measured_three_ways():
     nets = ["teacher.name=cifar_resnet8", "student.name=cifar_resnet8"]
     data, _ = bench_sweep(nets, steps=1, epochs=1, lone=1, counts=[1, 2])
-    assert set(data["ratios"]) == {"b/c", "a/b", "b/c cpu", "a/b cpu"}
+    assert set(data["ratios"]) == {"b/c", "a/b", "plain/b", "b/c cpu", "a/b cpu", "plain/b cpu"}
     assert len(data["floor"]["students_s"]) == 2 and len(data["ready_s"]) == 2
