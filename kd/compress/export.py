@@ -93,7 +93,7 @@ def to_onnx(net: nn.Module, shape: Sequence[int]) -> tuple[Any, dict[str, list[s
                 verbose=False,
             )
         except Exception as error:  # the exporter raises what it likes
-            raise KDError(_lacks(type(net).__name__, "ONNX", error)) from error
+            raise KDError(lacks(type(net).__name__, "ONNX", error)) from error
     assert program is not None
     model: Any = onnx.ModelProto.FromString(program.model_proto.SerializeToString())
     places: dict[str, list[str]] = {}
@@ -139,7 +139,7 @@ def to_pt2(net: nn.Module, shape: Sequence[int], path: Path) -> None:
                 plain, (torch.zeros(2, *shape),), dynamic_shapes=({0: torch.export.Dim("batch")},)
             )
         except Exception as error:  # as above
-            raise KDError(_lacks(type(net).__name__, "torch.export", error)) from error
+            raise KDError(lacks(type(net).__name__, "torch.export", error)) from error
     for node in program.graph.nodes:
         for name in _NOTES:
             node.meta.pop(name, None)
@@ -208,8 +208,12 @@ def quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _lacks(net: str, what: str, error: BaseException) -> str:
-    """One line that names the operator, or says what the exporter said first."""
+def lacks(net: str, what: str, error: BaseException) -> str:
+    """One line that names the operator, or says what the exporter said first.
+
+    >>> lacks("Net", "ONNX", ValueError("Error when translating node %x, target=torch.ops.aten.odd.default"))
+    'Net cannot be written as ONNX: the exporter has no aten.odd.default'
+    """
     causes: list[BaseException] = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
         causes.append(cause)

@@ -368,6 +368,21 @@ def quantised(structure: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | Non
     return next((change for change in reversed(structure) if change["kind"] == "quantized"), None)
 
 
+def described(net: nn.Module) -> dict[str, Any] | None:
+    """How a net is quantised, as its layers tell it; None where it is not.
+
+    >>> net = nn.Sequential(nn.Linear(1, 1))
+    >>> begin(net, "weights", 4, None, {"0": None})
+    >>> described(net)
+    {'how': 'weights', 'bits': 4, 'layers': ['0']}
+    """
+    layers = list(_quantised(net))
+    if not layers:
+        return None
+    quant: Quant = layers[0][1].quant  # type: ignore[assignment]
+    return {"how": quant.how, "bits": quant.bits, "layers": [path for path, _ in layers]}
+
+
 def chosen(net: nn.Module, paths: Sequence[str], where: str) -> set[str]:
     """The layers at and below some paths.
 

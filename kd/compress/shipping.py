@@ -61,6 +61,9 @@ logits = onnxruntime.InferenceSession(here / "model.onnx", options).run([p["outp
 """
 _PT2 = """logits = torch.export.load(here / "model.pt2").module()(torch.from_numpy(images[None])).detach().numpy()[0]
 """
+_PTE = """program = runtime.Runtime.get().load_program(here / "model.pte")
+logits = program.load_method("forward").execute([torch.from_numpy(np.ascontiguousarray(images[None]))])[0].numpy()[0]
+"""
 _TAIL = """shares = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
 for i in np.argsort(-logits)[:5]: print(f"{p['classes'][i]}: {shares[i]:.4f}")
 """
@@ -72,6 +75,8 @@ def script(form: str) -> str:
     >>> "onnxruntime" in script("onnx"), "torch" in script("onnx"), "torch" in script("pt2")
     (True, False, True)
     """
-    needs, body = {"onnx": ("onnxruntime", _ONNX), "pt2": ("torch", _PT2)}[form]
-    imports = "\n".join([*sorted(["import numpy as np", f"import {needs}"]), "from PIL import Image"])
+    needs, body = {"onnx": ("onnxruntime", _ONNX), "pt2": ("torch", _PT2), "pte": ("executorch", _PTE)}[form]
+    lines = ["import numpy as np", "import torch" if form == "pte" else f"import {needs}", "from PIL import Image"]
+    lines += ["from executorch import runtime"] if form == "pte" else []
+    imports = "\n".join(lines)
     return _HEAD.format(file=f"model.{form}", needs=f"{needs}, numpy and pillow", imports=imports) + body + _TAIL

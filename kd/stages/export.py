@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from kd.data import Splits
     from kd.models import Normalised
 
-FORMATS = ("onnx", "pt2")
+FORMATS = ("onnx", "pt2", "pte")
 CLOSE = 1e-4  # of logits in float, or of the largest of them where that is above 1
 
 
@@ -30,7 +30,7 @@ class Export:
 
     Args:
         data: the data set: the file is judged on its whole test split.
-        format: `onnx`, or `pt2`, a program of torch.
+        format: `onnx`; `pt2`, a program of torch; or `pte`, one of ExecuTorch.
         margin: of accuracy on test that a file with integers may lose against torch.
     """
 
@@ -66,10 +66,11 @@ class Export:
         Raises:
             InputError: if a package is missing, or the network does something that the exporter lacks.
         """
+        from kd.compress import edge
         from kd.compress.export import needs
 
-        if self.format == "onnx":
-            needs()
+        if self.format != "pt2":
+            needs(*((edge.NEEDS, "edge") if self.format == "pte" else ()))
         net = room.stand_in(inputs["model"])
         # What is written depends on the layers and their shapes alone, and these stand in the text.
         room.once(("export", self.format, repr(net.net), repr(self._shape)), lambda: self._tried(net, room))
@@ -81,14 +82,21 @@ class Export:
     def _tried(self, net: Normalised, room: Room) -> bool:
         import tempfile
 
+        import torch
+
+        from kd.compress.edge import to_pte
         from kd.compress.export import to_onnx, to_pt2
+        from kd.compress.quantize import described
 
         try:
-            if self.format == "onnx":
-                to_onnx(net.net, self._shape)
-            else:
-                with tempfile.TemporaryDirectory() as folder:
+            with tempfile.TemporaryDirectory() as folder:
+                if self.format == "onnx":
+                    to_onnx(net.net, self._shape)
+                elif self.format == "pt2":
                     to_pt2(net.net, self._shape, Path(folder) / "model.pt2")
+                else:
+                    blank = torch.zeros(2, *self._shape)
+                    to_pte(net.net, self._shape, Path(folder) / "model.pte", described(net.net), [blank])
         except KDError as error:
             raise InputError(str(error)) from error
         return True
@@ -111,7 +119,12 @@ class Export:
         recipe, net = recipe_of(source.path), load(source.path)
         change = quantised(recipe.get("structure", []))
         path = out / f"model.{self.format}"
-        made = self._onnx(net, change, splits, path, room) if self.format == "onnx" else self._pt2(net, change, path)
+        if self.format == "pt2":
+            made = self._pt2(net, change, path)
+        elif self.format == "pte":
+            made = self._pte(net, change, splits, path, room)
+        else:
+            made = self._onnx(net, change, splits, path, room)
         for line in made.said:
             room.tell({"event": "say", "line": f"{room.stage}: {line}"})
         metrics, told = self._judged(net, made, splits, room)
@@ -148,8 +161,6 @@ class Export:
 
         from kd.compress.export import OPSET, answer, session, to_onnx, told
         from kd.compress.integers import to_integers
-        from kd.stages.splits import taken
-        from kd.training.trainer import evaluation_loader
 
         threads = torch.get_num_threads()
         model, places = to_onnx(net.net, self._shape)
@@ -157,9 +168,7 @@ class Export:
         said: list[str] = []
         opened = exact
         if change is not None:
-            split = taken(splits, int(change["samples"]), int(change["seed"]))
-            loader = evaluation_loader(split, int(self.data["size"]), room.run, torch.device("cpu"))
-            batches = ((batch["image"] - net.mean) / net.std for batch in loader)
+            batches = self._samples(net, change, splits, room)
             model, said = to_integers(model, places, net.net, change, batches)
         path.write_bytes(model.SerializeToString(deterministic=True))
         if change is not None:
@@ -171,6 +180,27 @@ class Export:
             about,
             said,
         )
+
+    def _samples(
+        self, net: Normalised, change: Mapping[str, Any], splits: Splits, room: Room
+    ) -> Iterator[torch.Tensor]:
+        """The samples that the network's ranges were found on, as it takes them, 64 at a time."""
+        import torch
+
+        from kd.stages.splits import taken
+        from kd.training.loaders import EpochLoader
+
+        split = taken(splits, int(change["samples"]), int(change["seed"]))
+        device = torch.device("cpu")
+        for batch in EpochLoader(split, 64, size=int(self.data["size"]), device=device, workers=room.run.workers):
+            yield (batch["image"] - net.mean) / net.std
+
+    def _pte(self, net: Normalised, change: Mapping[str, Any] | None, splits: Splits, path: Path, room: Room) -> Made:
+        from kd.compress.edge import program, to_pte
+
+        batches = () if change is None else self._samples(net, change, splits, room)
+        to_pte(net.net, self._shape, path, change, batches)
+        return Made(program(path), None, {"format": "pte"}, [], change is not None)
 
     def _pt2(self, net: Normalised, change: Mapping[str, Any] | None, path: Path) -> Made:
         import torch
