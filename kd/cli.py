@@ -354,13 +354,14 @@ def reproduce_(
 def export_(
     hash_: Annotated[str, typer.Argument(metavar="HASH", help="A run whose last stage made a network or a file.")],
     out: Annotated[Path, typer.Argument(metavar="FOLDER", help="Made; it must not hold anything.")],
-    format_: Annotated[str | None, typer.Option("--format", help="onnx or pt2; by default onnx.")] = None,
+    format_: Annotated[str | None, typer.Option("--format", help="onnx, pt2 or pte; by default onnx.")] = None,
     store: StoreDir = ".kd",
     as_json: Json = False,
 ) -> None:
     """Write what a model needs where it is used: its file, how images are made into its input, its card, a script.
 
-    A network that is no file yet becomes one first, and is measured as one; with pt2 the script needs torch.
+    A network that is no file yet becomes one first, and is measured as one; of pt2 the script needs torch, of pte
+    ExecuTorch.
 
     Example: kd export 3f2a out/
     """

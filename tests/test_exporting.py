@@ -119,7 +119,7 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(stored: Any, tmp
     store, keys, _ = stored
     with pytest.raises(InputError, match=r"is a labels, which holds no network"):
         export(keys["labels"], tmp_path / "out", str(store))
-    with pytest.raises(InputError, match=r"export.format='onx' is none of onnx, pt2"):
+    with pytest.raises(InputError, match=r"export.format='onx' is none of onnx, pt2, pte"):
         export(keys["student"], tmp_path / "out", str(store), "onx")
     with pytest.raises(InputError, match="begins with"):
         export("0000000", tmp_path / "out", str(store))

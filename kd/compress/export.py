@@ -44,6 +44,8 @@ _NOISE = (
     r".*The tensor attributes? self\..*_flat_weights.*",
     r".*`isinstance\(treespec, LeafSpec\)`.*",
     r".*LeafSpec.*",
+    r"(?:read_text|open_text|read_binary|open_binary) is deprecated\. Use files\(\).*",  # ExecuTorch 1.5
+    r"This API is experimental and subject to change without notice.",  # its runtime
 )
 
 

@@ -130,7 +130,11 @@ class Export:
         metrics, told = self._judged(net, made, splits, room)
         sizes = file_bytes(path)
         costs = {**cost(net.net, self._shape, latency=False), **sizes}
-        timings = self._timed(net, made, inputs.get("teacher"), room) if room.run.latency else {}
+        beside: dict[str, Any] = {}
+        if "teacher" in inputs:
+            theirs, beside = self._beside(inputs["teacher"], room.work / f"teacher.{self.format}")
+            told |= {f"teacher_{name}": value for name, value in theirs.items()}
+        timings = self._timed(net, made, beside) if room.run.latency else {}
         for batch, found in timings.items():
             now, before = found["runtime"]["median"], found.get("runtime_float", {}).get("median")
             costs[f"latency_ms_{batch}"] = now
@@ -263,26 +267,39 @@ class Export:
             )
         return metrics, told
 
-    def _timed(self, net: Normalised, made: Made, teacher: Artifact | None, room: Room) -> dict[str, Any]:
-        """Milliseconds of the file and of torch, beside the teacher's, in turns: by batch, then by what ran."""
+    def _beside(self, teacher: Artifact, path: Path) -> tuple[dict[str, int], dict[str, Any]]:
+        """The teacher written by the same exporter: its sizes, and how it runs, in the file and in torch."""
         import torch
 
-        from kd.compress.export import answer, session, to_onnx
-        from kd.compress.latency import interleaved
+        from kd.compress.edge import program, to_pte
+        from kd.compress.export import answer, session, to_onnx, to_pt2
+        from kd.compress.measure import file_bytes
         from kd.compress.quantize import strip
         from kd.models import load
 
-        plain = strip(net.net).eval()
-        runs: dict[str, Callable[[torch.Tensor], Any]] = {"runtime": made.answer, "torch": plain}
-        if made.exact is not None:
-            runs["runtime_float"] = made.exact
-        if teacher is not None:
-            other = load(teacher.path)
-            runs["teacher_torch"] = other.net.cpu().eval()
-            if self.format == "onnx":
-                model, _ = to_onnx(other.net, self._shape)
-                opened = session(model.SerializeToString(), torch.get_num_threads())
-                runs["teacher_runtime"] = lambda images: answer(opened, images)
+        net = strip(load(teacher.path).net).eval()
+        if self.format == "onnx":
+            path.write_bytes(to_onnx(net, self._shape)[0].SerializeToString(deterministic=True))
+            opened = session(path, torch.get_num_threads())
+            run: Callable[[torch.Tensor], Any] = partial(answer, opened)
+        elif self.format == "pt2":
+            to_pt2(net, self._shape, path)
+            run = torch.export.load(path).module()
+        else:
+            to_pte(net, self._shape, path, None)
+            run = program(path)
+        return file_bytes(path), {"teacher_runtime": run, "teacher_torch": net}
+
+    def _timed(self, net: Normalised, made: Made, beside: Mapping[str, Any]) -> dict[str, Any]:
+        """Milliseconds of the file and of torch, beside the teacher's, in turns: by batch, then by what ran."""
+        import torch
+
+        from kd.compress.latency import interleaved
+        from kd.compress.quantize import strip
+
+        runs: dict[str, Callable[[torch.Tensor], Any]] = {"runtime": made.answer, "torch": strip(net.net).eval()}
+        runs |= {} if made.exact is None else {"runtime_float": made.exact}
+        runs |= beside
         found: dict[str, Any] = {}
         for batch in (1, 64):
             images = torch.linspace(-1, 1, batch * int(torch.Size(self._shape).numel())).reshape(batch, *self._shape)

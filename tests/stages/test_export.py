@@ -81,6 +81,9 @@ def test_the_cost_is_told_of_the_file_as_shipped_and_speed_is_measured_beside_th
     costs, latency = found["export"]["cost"], found["export"]["latency"]
     assert costs["bytes"] == (folders["export"] / "model.onnx").stat().st_size > costs["gzip_bytes"] > 0
     assert costs["nonzero"] < 0.6 * costs["parameters"] and costs["activation_bytes"] > 0
+    # The teacher as a file of the same exporter, to compare sizes with.
+    told = found["export"]["export"]
+    assert told["teacher_bytes"] > costs["bytes"] and told["teacher_gzip_bytes"] > costs["gzip_bytes"]
     for batch in (1, 64):
         row = latency[f"batch{batch}"]
         assert set(row) == {"runtime", "runtime_float", "torch", "teacher_runtime", "teacher_torch"}
@@ -178,7 +181,7 @@ def test_integers_that_lose_more_than_the_margin_are_refused(exported: Any, monk
 @pytest.mark.parametrize(
     ("word", "said"),
     [
-        ("export.format=onx", "export.format='onx' is none of onnx, pt2; did you mean 'onnx'"),
+        ("export.format=onx", "export.format='onx' is none of onnx, pt2, pte; did you mean 'onnx'"),
         ("export.margin=-1", "export.margin=-1 is out of range"),
         ("compress=[export,prune]", "Prune cannot follow Export"),
         ("compress=[export,quantize]", "Quantize cannot follow Export"),
