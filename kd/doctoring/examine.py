@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from kd.data import Splits
     from kd.models import Normalised
     from kd.stages.assembly import Assembly
+    from kd.training.circle import Circle
     from kd.training.module import Distiller
     from kd.training.probe import Probed
 
@@ -193,8 +194,9 @@ class _Desk:
             self.speeds[name] = make()
         return self.speeds[name]
 
-    def _assembled(self, node: Node, stage: Any, splits: Splits, plan: Plan, run: Run) -> Assembly[Distiller]:
+    def _assembled(self, node: Node, stage: Any, splits: Splits, plan: Plan, run: Run) -> Assembly[Any]:
         """The training as it would begin; a teacher that is not there yet is one of fresh weights."""
+        from kd.models import load
         from kd.stages.assembly import assemble
         from kd.stages.building import build
 
@@ -206,6 +208,10 @@ class _Desk:
                 source = next(n for n in plan.nodes if n.key == node.inputs[role])
                 model = source.config.get("model") or source.config["student"]
                 fresh[role] = build(model, stage.data, splits, 0, room)
+        if hasattr(stage, "assemble"):  # networks that learn together
+            one = fresh.get("teacher") or (load(inputs["teacher"].path) if "teacher" in inputs else None)
+            made: Assembly[Any] = stage.assemble(one, splits, room)
+            return made
         student = build(stage.student_config, stage.data, splits, stage.seed, room)
         return assemble(stage, student, inputs, splits, room, fresh)
 
@@ -214,7 +220,7 @@ class _Desk:
         role: str,
         labels: Artifact | None,
         teacher: Artifact | None,
-        made: Assembly[Distiller],
+        made: Assembly[Any],
         stage: Any,
         run: Run,
     ) -> Check:
@@ -238,7 +244,7 @@ class _Desk:
         return verdicts.stored_labels(agree, off, len(top), 5e-2 if half else _TOLERANCE[config["dtype"]])
 
     def _steps(
-        self, node: Node, stage: Any, made: Assembly[Distiller], splits: Splits, run: Run, trained: bool
+        self, node: Node, stage: Any, made: Assembly[Any], splits: Splits, run: Run, trained: bool
     ) -> list[Check]:
         """Take some steps; what they show of the teacher, the losses and the terms."""
         from kd.training.probe import listened
@@ -249,6 +255,9 @@ class _Desk:
         if live is not None:
             norms = sum("running_mean" in name for name, _ in live.named_buffers())
             checks += [verdicts.frozen(probed.training, probed.learning), verdicts.unmoved(probed.moved, norms)]
+        elif hasattr(stage, "tune") and teachers(node.inputs):
+            tuned = stage.tune if isinstance(stage.tune, str) else ", ".join(stage.tune)
+            checks.append(Check(OK, "teacher frozen", f"it learns too: {tuned} at {stage.rate:g} of fit.lr"))
         elif teachers(node.inputs):
             why = (
                 "its stored labels speak for it" if made.labels is not None else "no term of a weight above 0 hears it"
@@ -257,13 +266,13 @@ class _Desk:
         checks += [verdicts.losses(probed.losses, probed.parts), verdicts.shares(probed.gradients, trained)]
         return [*checks, _memory(probed.peak, run)]
 
-    def _probed(self, node: Node, stage: Any, made: Assembly[Distiller], splits: Splits, run: Run) -> Probed:
+    def _probed(self, node: Node, stage: Any, made: Assembly[Any], splits: Splits, run: Run) -> Probed:
         from kd.compress.measure import stored_bytes
         from kd.training.probe import loader_of, probe, speak
 
         _, _, judge = speak(made.module.student, splits.validation, stage.data, run, 512)
-        made.module.student_taps.pop() if made.module.objective.paths("student") else None
-        size = stored_bytes(made.module.student.net)
+        made.module.student_taps.pop()
+        size = sum(stored_bytes(net.net) for net in _learning(made.module))
         loader = loader_of(made.split, made.fit, run, stage.data, stage.seed, made.views, made.view_seed, made.labels)
         probed = probe(made.module, loader, made.fit, run, stage.seed)
         step = probed.step_s
@@ -301,7 +310,8 @@ class _Desk:
         speed, fit = self.speeds[name], Fit(**stage.fit)
         from kd.stages.assembly import steps_of
 
-        steps = steps_of(fit, min(fit.samples or len(splits.train), len(splits.train)))
+        samples = min(fit.samples or len(splits.train), len(splits.train))
+        steps = steps_of(fit, samples - round(getattr(stage, "quiz", 0) * samples))
         every = 1 if fit.needs_validation else run.validate_every
         validation = speed.judge * len(splits.validation)
         epoch = steps * speed.step + (validation / every if every else 0)
@@ -366,13 +376,22 @@ def _counted(node: Node) -> bool:
     return _trains(node) or hasattr(resolve(node.document["stage"]), "forecast")
 
 
-def _bindings(made: Assembly[Distiller]) -> Check:
-    """Which views each term reads, and what the terms train themselves."""
-    said = []
-    for name, term in made.module.objective.active.items():
-        views = [view if isinstance(view, str) else " + ".join(filter(None, view)) for view in term.names().values()]
-        said.append(f"{name}({', '.join(views)})")
-    own = sum(p.numel() for p in made.module.objective.parameters() if p.requires_grad)
+def _learning(module: Distiller | Circle) -> list[Normalised]:
+    """The networks that a training writes down."""
+    members = getattr(module, "members", None)
+    return [module.student] if members is None else [member.net for member in members.values()]
+
+
+def _bindings(made: Assembly[Any]) -> Check:
+    """Which views each term reads, and what the terms train themselves; of several networks, those of each."""
+    module = made.module
+    others = {f"{n}_": terms for n, terms in getattr(module, "objectives", {}).items() if terms is not module.objective}
+    said, own = [], 0
+    for owner, objective in {"": module.objective, **others}.items():
+        for name, term in objective.active.items():
+            named = [v if isinstance(v, str) else " + ".join(filter(None, v)) for v in term.names().values()]
+            said.append(f"{owner}{name}({', '.join(named)})")
+        own += sum(p.numel() for p in objective.parameters() if p.requires_grad)
     return Check(
         OK, "bindings", ", ".join(said) + (f"; the terms train {own:,} parameters of their own" if own else "")
     )

@@ -33,8 +33,8 @@ from typing import Any
 
 from kd.errors import InputError, offer
 from kd.pipeline.steps import steps
+from kd.stages.building import model_of
 
-MODEL = {"_target_": "kd.models.create", "name": "", "pretrained": False, "stages": None, "options": {}}
 FIELDS = ("for_each", "start", "end", "stage", "stages")
 TOKENS = ("@item", "@model", "@index", "@name", "@before", "@previous", "@earlier")
 
@@ -94,7 +94,7 @@ def expand(stages: Mapping[str, Any], where: str = "pipeline.stages") -> dict[st
                 full = f"{label}_{suffix}" if suffix and suffix != stage.get("end") else label
                 tokens = {
                     "@item": own,
-                    "@model": _model(own),
+                    "@model": model_of(own),
                     "@index": index,
                     "@name": label,
                     "@before": known[name].last,
@@ -128,12 +128,6 @@ def _laid(base: Any, over: Any) -> Any:
     if not (isinstance(base, Mapping) and isinstance(over, Mapping)) or "_target_" in over:
         return over
     return {**base, **{key: _laid(base.get(key), value) for key, value in over.items()}}
-
-
-def _model(item: Any) -> Any:
-    if isinstance(item, str):
-        return {**MODEL, "name": item}
-    return {**MODEL, **item} if isinstance(item, Mapping) else None
 
 
 def _check(stage: Mapping[str, Any], where: str) -> None:

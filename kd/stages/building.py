@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from kd.errors import InputError
 from kd.schedules import parted, replaced, schedule_of
@@ -12,6 +13,19 @@ if TYPE_CHECKING:
     from kd.data import Splits
     from kd.models import Normalised
     from kd.objective import Objective
+
+MODEL = {"_target_": "kd.models.create", "name": "", "pretrained": False, "stages": None, "options": {}}
+
+
+def model_of(node: Any) -> Config | None:
+    """A network by its name alone, or some of its fields, as a whole config; None where it is neither.
+
+    >>> model_of("resnet18") == model_of({"name": "resnet18"}) == {**MODEL, "name": "resnet18"}, model_of(3)
+    (True, None)
+    """
+    if isinstance(node, str):
+        return {**MODEL, "name": node}
+    return {**MODEL, **node} if isinstance(node, Mapping) else None
 
 
 def build(model: Config, data: Config, splits: Splits | None, seed: int, room: Room) -> Normalised:

@@ -12,7 +12,7 @@ from kd.roles import by_role
 from kd.stages.assembly import Assembly, steps_of
 from kd.stages.base import Config, Room, Stage
 from kd.stages.bindings import bind_sides
-from kd.stages.building import build, build_objective
+from kd.stages.building import build, build_objective, model_of
 from kd.stages.image import FIT_SINCE, recipe, trained
 from kd.stages.splits import load_data, taken
 from kd.store import Artifact
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from kd.data import Splits
     from kd.models import Normalised
     from kd.objective import Objective
+    from kd.training.circle import Circle as Module
     from kd.training.circle import Member
 
 TURNS, HEARS = ("joint", "alternate"), ("others", "all")
@@ -65,6 +66,11 @@ class Circle:
     rate: float
     turns: str
     hears: str
+
+    @property
+    def student_config(self) -> Config:
+        """The network that is shipped."""
+        return self.student
 
     @classmethod
     def settled(cls, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,28 +128,42 @@ class Circle:
     def run(self, inputs: Mapping[str, Artifact], out: Path, room: Room) -> dict[str, Any]:
         """Train all, evaluate each, save each: the student as the artifact's network, the others beside it."""
         from kd.models import load, save
-        from kd.training.optimisers import configure
 
-        fit, splits = Fit(**self.fit), load_data(self.data, room)
-        split = room.once(
-            ("samples", id(splits), fit.samples, self.seed), lambda: taken(splits, fit.samples, self.seed)
-        )
+        splits = load_data(self.data, room)
         teacher = load(inputs[TEACHER].path) if TEACHER in inputs else None
-        members, said = self._members(teacher, splits, room, len(split))
-        steps = steps_of(fit, len(split))
-        circle = self._circle(members, fit, configure(fit, steps))
-        others = {name: member.net for name, member in members.items() if name != STUDENT}
+        made = self.assemble(teacher, splits, room)
+        others = {name: member.net for name, member in made.module.members.items() if name != STUDENT}
 
         def more() -> dict[str, Any]:
             return told(others, inputs, splits, self.data, room)
 
-        made = Assembly(circle, fit, split, None, by_role(teacher), None, None, tuple(said))
         card = trained(self, made, inputs, splits, out, room, recipe(self.student, self.data, splits), more=more)
         configs = {f"peer{index}": model for index, model in enumerate(self.peers, 1)}
         for name, net in others.items():
             spec = recipe(configs[name], self.data, splits) if name in configs else recipe_of_artifact(inputs[TEACHER])
             save(net.cpu().eval(), spec, out, name=name)
         return card
+
+    def assemble(self, teacher: Normalised | None, splits: Splits, room: Room) -> Assembly[Module]:
+        """Put the training together.
+
+        Args:
+            teacher: as it was loaded, where there is one.
+            splits: of the data.
+            room: where it happens.
+
+        Raises:
+            InputError: if the terms cannot be bound.
+        """
+        from kd.training.optimisers import configure
+
+        fit = Fit(**self.fit)
+        split = room.once(
+            ("samples", id(splits), fit.samples, self.seed), lambda: taken(splits, fit.samples, self.seed)
+        )
+        members, said = self._members(teacher, splits, room, len(split))
+        circle = self._circle(members, fit, configure(fit, steps_of(fit, len(split))))
+        return Assembly(circle, fit, split, None, by_role(teacher), None, None, tuple(said))
 
     def _members(
         self,
@@ -166,6 +186,7 @@ class Circle:
         for name in names:
             heard = names if self.hears == "all" else [other for other in names if other != name]
             terms: Objective = build_objective(self.back if name == TEACHER else self.objective, room)
+            terms.draws_from(self.seed)
             if name == TEACHER and teacher is not None:
                 members[name] = Member(teacher, terms, heard, tuned(teacher, self.tune, self.data), float(self.rate))
             else:
@@ -181,7 +202,7 @@ class Circle:
             said += lines if name == STUDENT else [f"{name}: {line}" for line in lines]
         return members, said
 
-    def _circle(self, members: Mapping[str, Member], fit: Fit, optimisers: Any) -> Any:
+    def _circle(self, members: Mapping[str, Member], fit: Fit, optimisers: Any) -> Module:
         from kd.training.circle import Circle as Module
 
         return Module(members, STUDENT, optimisers, fit.lr, self.turns == "alternate", fit.channels_last)
@@ -205,11 +226,9 @@ def checked_tune(tune: Any) -> str | list[str]:
 
 def _model(node: Any) -> Config:
     """A network by its name alone, or as a config has it."""
-    base = {"_target_": "kd.models.create", "pretrained": False, "stages": None, "options": {}}
-    if isinstance(node, str):
-        return {**base, "name": node}
-    if isinstance(node, Mapping) and node.get("name"):
-        return {**base, **node}
+    found = model_of(node)
+    if found is not None and found["name"]:
+        return found
     raise InputError(f"students: {node!r} is no network; give a name, or a mapping such as {{name: resnet18}}")
 
 

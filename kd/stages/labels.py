@@ -174,11 +174,9 @@ class SoftLabels:
 
     def _fits(self, widths: Mapping[str, int], room: Room) -> None:
         """Refuse features that the disk cannot take; planning counts logits alone, for it knows no network."""
-        from kd.instantiate import instantiate
+        from kd.stages.splits import training_samples
 
-        data = {name: value for name, value in self.data.items() if name != "digest"}
-        source = instantiate(data, room.run.trusted, "data").resolved(room.data_dir)
-        needed = self.layout(self.__dict__, source.training_samples(room.data_dir), widths).bytes
+        needed = self.layout(self.__dict__, training_samples(self.data, room), widths).bytes
         place = next(path for path in (room.work, *room.work.parents) if path.exists())
         if needed > (free := shutil.disk_usage(place).free):
             raise InputError(too_small(needed, free, place))

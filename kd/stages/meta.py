@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,14 +14,15 @@ from kd.stages.bindings import bind
 from kd.stages.building import build, build_objective
 from kd.stages.circle import STUDENT, TEACHER, checked_tune, recipe_of_artifact, told, tuned
 from kd.stages.image import FIT_SINCE, recipe, trained
-from kd.stages.splits import load_data, taken
+from kd.stages.splits import load_data, taken, training_samples
 from kd.store import Artifact
 from kd.training.settings import Fit, require
 
 if TYPE_CHECKING:
-    from kd.data import Split
+    from kd.data import Split, Splits
     from kd.models import Normalised
     from kd.objective import Objective
+    from kd.training.circle import Circle as Module
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,11 @@ class MetaDistil:
     tune: str | list[str]
     rate: float
     quiz: float
+
+    @property
+    def student_config(self) -> Config:
+        """The network that is shipped."""
+        return self.student
 
     @classmethod
     def settled(cls, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,11 +91,19 @@ class MetaDistil:
         return {}
 
     def check(self, inputs: Mapping[str, Stage | Artifact], room: Room) -> None:
-        """Build both networks and bind the terms on two blank images.
+        """Build both networks and their optimisers, bind the terms on two blank images, count the samples of each.
 
         Raises:
-            InputError: if a layer path is not there, shapes cannot be bridged, or no term hears the teacher.
+            InputError: if a layer path is not there, shapes cannot be bridged, no term hears the teacher, an optimiser
+                is none, or the quiz leaves either too few samples.
         """
+        from kd.training.circle import Circle, Member
+        from kd.training.optimisers import configure
+        from kd.training.trainer import check_precision
+
+        fit = Fit(**self.fit)
+        check_precision(fit, room.run)
+        self._parts(training_samples(self.data, room, fit.samples), fit.batch_size)
         if room.run.devices > 1:
             raise InputError(f"run.devices={room.run.devices}: networks that learn together do so on one device")
         student, teacher = build(self.student, self.data, None, 0, room), room.stand_in(inputs[TEACHER])
@@ -100,7 +114,12 @@ class MetaDistil:
             )
         for line in bind(terms, student, teacher, self.data, rehearse=True):
             room.tell({"event": "say", "line": line})
-        tuned(teacher, self.tune, self.data)
+        members = {
+            TEACHER: Member(teacher, None, (), tuned(teacher, self.tune, self.data)),
+            STUDENT: Member(student, terms, (TEACHER,)),
+        }
+        Circle(members, STUDENT, configure(fit, 1), fit.lr).configure_optimizers()
+        configure(replace(fit, lr=fit.lr * self.rate), 1)([p for p in teacher.parameters() if p.requires_grad])
 
     def stand_in(self, inputs: Mapping[str, Stage | Artifact], room: Room) -> Normalised:
         """The student, with weights that mean nothing."""
@@ -109,25 +128,9 @@ class MetaDistil:
     def run(self, inputs: Mapping[str, Artifact], out: Path, room: Room) -> dict[str, Any]:
         """Train both, evaluate both, save both: the student as the artifact's network, the teacher beside it."""
         from kd.models import load, save
-        from kd.training.circle import Circle, Member
-        from kd.training.optimisers import configure
-        from kd.training.seeds import seed_all
 
-        fit, splits = Fit(**self.fit), load_data(self.data, room)
-        learnt, quiz = self._parted(taken(splits, fit.samples, self.seed), fit.batch_size)
-        teacher = load(inputs[TEACHER].path)
-        student = build(self.student, self.data, splits, self.seed, room)
-        seed_all(self.seed, "objective")
-        terms: Objective = build_objective(self.objective, room)
-        said = bind(terms, student, teacher, self.data, samples=len(learnt))
-        members = {
-            TEACHER: Member(teacher, None, (), tuned(teacher, self.tune, self.data)),
-            STUDENT: Member(student, terms, (TEACHER,)),
-        }
-        optimisers = configure(fit, steps_of(fit, len(learnt)))
-        tutor = self._tutor(quiz, fit, steps_of(fit, len(learnt)), room)
-        circle = Circle(members, STUDENT, optimisers, fit.lr, channels_last=fit.channels_last, before=tutor)
-        made = Assembly(circle, fit, learnt, None, {TEACHER: teacher}, None, None, tuple(said))
+        splits, teacher = load_data(self.data, room), load(inputs[TEACHER].path)
+        made = self.assemble(teacher, splits, room)
 
         def more() -> dict[str, Any]:
             return told({TEACHER: teacher}, inputs, splits, self.data, room)
@@ -137,6 +140,38 @@ class MetaDistil:
         save(teacher.cpu().eval(), recipe_of_artifact(inputs[TEACHER]), out, name=TEACHER)
         return card
 
+    def assemble(self, teacher: Normalised | None, splits: Splits, room: Room) -> Assembly[Module]:
+        """Put the training together.
+
+        Args:
+            teacher: as it was loaded.
+            splits: of the data.
+            room: where it happens.
+
+        Raises:
+            InputError: if the terms cannot be bound, or the quiz leaves too few samples.
+        """
+        from kd.training.circle import Circle, Member
+        from kd.training.optimisers import configure
+        from kd.training.seeds import seed_all
+
+        assert teacher is not None
+        fit = Fit(**self.fit)
+        learnt, quiz = self._parted(taken(splits, fit.samples, self.seed), fit.batch_size)
+        student = build(self.student, self.data, splits, self.seed, room)
+        seed_all(self.seed, "objective")
+        terms: Objective = build_objective(self.objective, room)
+        terms.draws_from(self.seed)
+        said = bind(terms, student, teacher, self.data, samples=len(learnt))
+        members = {
+            TEACHER: Member(teacher, None, (), tuned(teacher, self.tune, self.data)),
+            STUDENT: Member(student, terms, (TEACHER,)),
+        }
+        optimisers = configure(fit, steps_of(fit, len(learnt)))
+        tutor = self._tutor(quiz, fit, steps_of(fit, len(learnt)), room)
+        circle = Circle(members, STUDENT, optimisers, fit.lr, channels_last=fit.channels_last, before=tutor)
+        return Assembly(circle, fit, learnt, None, {TEACHER: teacher}, None, None, tuple(said))
+
     def _parted(self, split: Split, batch: int) -> tuple[Split, Split]:
         """What the student learns from, and the quiz."""
         import torch
@@ -144,17 +179,24 @@ class MetaDistil:
         from kd.training.seeds import mix
 
         order = torch.randperm(len(split), generator=torch.Generator().manual_seed(mix(self.seed, "quiz")))
-        count = round(self.quiz * len(split))
-        if count < 2 or len(split) - count < batch:
-            raise InputError(
-                f"circle.quiz={self.quiz} of {len(split)} samples leaves {count} to the teacher, which needs 2, and "
-                f"{len(split) - count} to the student, which needs a batch of fit.batch_size={batch}"
-            )
+        count = self._parts(len(split), batch)
         return split.subset(order[count:].sort().values), split.subset(order[:count].sort().values)
 
-    def _tutor(self, quiz: Split, fit: Fit, steps: int, room: Room) -> Any:
-        from dataclasses import replace
+    def _parts(self, samples: int, batch: int) -> int:
+        """How many of the samples are the quiz.
 
+        Raises:
+            InputError: if that leaves too few to the teacher or to the student.
+        """
+        count = round(self.quiz * samples)
+        if count < 2 or samples - count < batch:
+            raise InputError(
+                f"circle.quiz={self.quiz} of {samples} samples leaves {count} to the teacher, which needs 2, and "
+                f"{samples - count} to the student, which needs a batch of fit.batch_size={batch}"
+            )
+        return count
+
+    def _tutor(self, quiz: Split, fit: Fit, steps: int, room: Room) -> Any:
         from kd.training.loaders import EpochLoader
         from kd.training.meta import Tutor
         from kd.training.optimisers import configure, scale

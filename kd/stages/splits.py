@@ -20,12 +20,28 @@ def load_data(data: Config, room: Room) -> Splits:
     return found
 
 
-def _load(data: Config, room: Room) -> Splits:
+def source_of(data: Config, room: Room) -> Any:
+    """The data set of a config, nothing of it read."""
     from kd.instantiate import instantiate
 
-    source = instantiate({k: v for k, v in data.items() if k != "digest"}, room.run.trusted, "data").resolved(
-        room.data_dir
-    )
+    found = instantiate({k: v for k, v in data.items() if k != "digest"}, room.run.trusted, "data")
+    return found.resolved(room.data_dir)
+
+
+def training_samples(data: Config, room: Room, samples: int | None = None) -> int:
+    """How many samples a training will learn from, without reading an image.
+
+    Args:
+        data: the data set.
+        room: where it is looked for.
+        samples: at most so many are taken, as `fit.samples`; None: all.
+    """
+    there = int(source_of(data, room).training_samples(room.data_dir))
+    return there if samples is None else min(samples, there)
+
+
+def _load(data: Config, room: Room) -> Splits:
+    source = source_of(data, room)
     found = source.content_digest(room.data_dir, room.data_cache / "digests.json")
     if data.get("digest") not in (None, found):
         raise InputError(
@@ -47,12 +63,8 @@ def data_print(data: Config, room: Room) -> dict[str, Any]:
         KDError: if the content is no longer what it was at the start. The checkpoint, which may have learnt from both,
             is gone then.
     """
-    from kd.instantiate import instantiate
-
     try:
-        source = instantiate({k: v for k, v in data.items() if k != "digest"}, room.run.trusted, "data").resolved(
-            room.data_dir
-        )
+        source = source_of(data, room)
         found = source.content_digest(room.data_dir, room.data_cache / "digests.json")
         said = f"its content is now {found[:16]}"
     except InputError as error:

@@ -134,6 +134,16 @@ class Circle(pl.LightningModule):
         assert found is not None
         return found
 
+    @property
+    def student_taps(self) -> Taps:
+        """The taps of the network that is shipped."""
+        return self.taps[self.shipped]
+
+    @property
+    def live(self) -> dict[str, Normalised]:
+        """Networks that stay as they are: none."""
+        return {}
+
     def at(self, epoch: float, epochs: int) -> None:
         """Tell all objectives where training stands."""
         for objective in self.objectives.values():
@@ -174,7 +184,9 @@ class Circle(pl.LightningModule):
         return found
 
     def rate(self) -> float:
-        """The student's learning rate of this step."""
+        """The student's learning rate of this step; without a trainer, the fit's."""
+        if self._trainer is None:
+            return self.lr
         groups = cast(Any, self.trainer.optimizers[0]).param_groups
         return float(groups[self.group]["lr"])
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from kd.data import Split
 from kd.data.several import Labels
 from kd.models import Normalised
+from kd.training.circle import Circle
 from kd.training.loaders import Batch, EpochLoader
 from kd.training.module import Distiller
 from kd.training.seeds import seed_step
@@ -76,7 +77,13 @@ def loader_of(
 
 
 def probe(
-    module: Distiller, loader: EpochLoader, fit: Fit, run: Run, seed: int, looked: int = LOOKED, timed: int = TIMED
+    module: Distiller | Circle,
+    loader: EpochLoader,
+    fit: Fit,
+    run: Run,
+    seed: int,
+    looked: int = LOOKED,
+    timed: int = TIMED,
 ) -> Probed:
     """Take ``looked`` steps with an eye on each term, then ``timed`` ones against the clock.
 
@@ -84,7 +91,7 @@ def probe(
     training is not scaled: neither decides what is asked.
 
     Args:
-        module: student, teacher and objective.
+        module: student, teacher and objective; or networks that learn together.
         loader: its batches.
         fit: its schedule.
         run: where.
@@ -112,7 +119,7 @@ def probe(
             break
         started = time.perf_counter()
         seed_step(seed, step)
-        module.objective.at(step / len(loader), fit.epochs)
+        module.at(step / len(loader), fit.epochs)
         module.gradients_due = step < looked
         total = _step(module, _as(next(batches), fit), step, optimiser, _mixed(fit, device), found)
         found.parts.append({name: part.item() for name, part in module.parts.items()})
@@ -131,14 +138,14 @@ def probe(
     return found
 
 
-def listened(module: Distiller) -> nn.Module | None:
+def listened(module: Distiller | Circle) -> nn.Module | None:
     """The teacher that runs; of several, all of them as one; None if none does."""
     live = module.live
     return next(iter(live.values())) if len(live) == 1 else nn.ModuleDict(live) if live else None
 
 
 def _step(
-    module: Distiller,
+    module: Distiller | Circle,
     batch: Batch,
     step: int,
     optimiser: torch.optim.Optimizer,

@@ -158,6 +158,30 @@ def test_a_baseline_has_no_teacher_to_look_at(home):
     assert len(costs) == 1
 
 
+def test_peers_are_looked_at_as_they_learn_together(home):
+    found, costs = looked_at(home, "pipeline=mutual", "student.name=seed_cnn_small", "students=[seed_cnn]")
+    assert {state for state, _ in found.values()} == {OK} and not any("teacher" in name for name in found)
+    assert "kd(student.logits, teacher.logits)" in found["bindings"][1]
+    assert "peer1_ce(student.logits, batch.target)" in found["bindings"][1]
+    assert set(found["gradient shares"][1].split(" %")[0].split(", ")[0].split()) >= {"ce"}
+    [cost] = costs.values()
+    assert "4 steps of" in cost.said
+
+
+@pytest.mark.parametrize(("words", "steps"), [(("bidirectional",), 4), (("meta", "circle.quiz=0.25"), 3)])
+def test_a_teacher_that_learns_is_looked_at_with_its_student(words, steps, home):
+    words = (f"pipeline={words[0]}", *words[1:])
+    found, costs = looked_at(home, *words)
+    assert {state for state, _ in found.values()} == {OK}
+    assert found["teacher frozen"] == (OK, "it learns too: all at 0.1 of fit.lr")
+    assert {"teacher accuracy", "class order", "teacher normalisation", "loss", "time"} <= set(found)
+    assert ("teacher_hint(" in found["bindings"][1]) == (steps == 4)
+    [cost] = costs.values()
+    assert f"{steps} steps of" in cost.said
+    found, costs = looked_at(home, *words, "teacher.name=seed_cnn_small")
+    assert found["teacher accuracy"][0] == WARN and len(costs) == 2
+
+
 def test_memory_that_runs_out_is_one_line(home, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")

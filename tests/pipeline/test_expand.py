@@ -8,7 +8,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from kd.errors import InputError
-from kd.pipeline.expand import MODEL, expand
+from kd.pipeline.expand import expand
+from kd.stages.building import MODEL
 
 TEACHER = {"_target_": "Train", "inputs": {}}
 

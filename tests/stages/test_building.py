@@ -7,7 +7,7 @@ import pytest
 from kd.errors import InputError
 from kd.models import weights_digest
 from kd.stages import Room
-from kd.stages.building import build, build_objective
+from kd.stages.building import build, build_objective, model_of
 from tests.pipeline.small import planned
 
 
@@ -17,6 +17,14 @@ def test_the_seed_alone_draws_the_weights(tmp_path):
     first, again, other = (build(config["student"], config["data"], None, seed, room) for seed in (0, 0, 1))
     assert weights_digest(first) == weights_digest(again) != weights_digest(other)
     assert first.statistics == (config["data"]["mean"], config["data"]["std"])
+
+
+def test_a_name_alone_is_a_network_wherever_it_stands(tmp_path):
+    several = planned(tmp_path, "pipeline=mutual", "students=[seed_cnn]")[0].nodes[-1].config["peers"]
+    listed = planned(tmp_path, "pipeline=teachers", "teachers=[seed_cnn]")[0].nodes[0].config["model"]
+    assert listed == {"_target_": "kd.models.create", "name": "seed_cnn", "options": {}, "pretrained": False}
+    assert several == [model_of("seed_cnn")] and model_of("seed_cnn") == {**listed, "stages": None}
+    assert model_of(["seed_cnn"]) is None
 
 
 def test_terms_are_built_by_name_and_what_is_none_is_refused_in_one_line(tmp_path):

@@ -7,9 +7,9 @@ import torch
 
 from kd.errors import InputError
 from kd.models import load, weights_digest
-from kd.pipeline.execute import check, execute
+from kd.pipeline.execute import build, check, execute
 from kd.pipeline.jobs import call
-from kd.stages import Circle
+from kd.stages import Circle, Room
 from kd.store import Store
 from tests.pipeline.small import kill_at, made, planned
 
@@ -119,7 +119,32 @@ def test_in_turns_each_network_moves_in_its_own_steps(home, monkeypatch):
     assert taken[:4] == [["teacher"], ["student"], ["teacher"], ["student"]]
 
 
-@pytest.mark.parametrize("words", [MUTUAL, (*BOTH, "circle.turns=alternate")], ids=["mutual", "bidirectional"])
+def test_which_peer_a_step_hears_is_drawn_from_the_seed(tmp_path):
+    words = (*MUTUAL, "students=[seed_cnn_small,seed_cnn]", "mix=random")
+
+    def drawn(seed: int) -> list[int]:
+        one, run = planned(tmp_path, *words, f"seed={seed}")
+        stage = build(one.nodes[-1].document, run.trusted)
+        members, _ = stage._members(None, None, Room(run, tmp_path), 2)
+        loss, found = members["student"].objective.losses["kd"], []
+        for step in range(16):
+            loss.at(step / 4, 4)
+            found += loss.heard(2)
+        return found
+
+    assert drawn(0) == drawn(0) != drawn(1)
+    assert set(drawn(0)) == set(drawn(1)) == {0, 1}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        MUTUAL,
+        (*BOTH, "circle.turns=alternate"),
+        (*MUTUAL, "students=[seed_cnn_small,seed_cnn]", "mix=random", "seed=3"),
+    ],
+    ids=["mutual", "bidirectional", "random"],
+)
 @pytest.mark.parametrize(("moment", "at"), [("step", 5), ("after the epoch's record", 1)])
 def test_killed_and_resumed_all_networks_have_the_same_bits(words, moment, at, tmp_path):
     words = (*words, "run.checkpoint_seconds=0")

@@ -45,6 +45,23 @@ def test_settings_that_cannot_be_are_refused_when_planning(words, said, tmp_path
         planned(tmp_path, *META, *words)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("circle.quiz=0.001",), "circle.quiz=0.001 of 256 samples leaves 0 to the teacher, which needs 2"),
+        (("circle.quiz=0.9",), "leaves 230 to the teacher, which needs 2, and 26 to the student, which needs a batch"),
+        (("fit.optimiser._target_=torch.optim.AdamWW",), "AdamWW"),
+        (("fit.optimiser.weight_decay=-1",), "fit.optimiser: torch.optim.AdamW refuses"),
+    ],
+)
+def test_what_would_fail_only_after_the_teacher_is_refused_before_it(words, said, tmp_path):
+    one, run = planned(tmp_path, *META, *words)
+    with pytest.raises(InputError) as refused:
+        check([one], Store(tmp_path), run)
+    assert said in str(refused.value) and "\n" not in str(refused.value)
+    assert not (tmp_path / "artifacts").exists()
+
+
 def test_a_teacher_that_nobody_hears_is_refused_before_anything_is_made(tmp_path):
     one, run = planned(tmp_path, *META, "loss=[ce]", "alpha=0.5")
     with pytest.raises(InputError, match="no term of a weight above 0 hears the teacher"):
