@@ -36,6 +36,7 @@ STEPS = {
 }  # what a list of compress may name, each a group of its own
 ROOT_KEYS = {"teacher", "student", "data", "loss", "fit", "teacher_fit", "labels", "pipeline", "run", *STEPS}
 ROOT_KEYS |= {"mix", "assistant_fit"} | {"circle", "back"}  # of several teachers; of networks that learn together
+ROOT_KEYS |= {"born_again"}
 # Of models, for the pipelines that have several; and of steps.
 LISTS = {"teachers": "resnet34,resnet18", "assistants": "resnet34,resnet18", "students": "resnet34,resnet18"}
 LISTS |= {"compress": "prune,lowrank"}
@@ -477,6 +478,7 @@ def checked(raw: Mapping[Any, Any], resolve: Callable[[], Any]) -> dict[str, Any
         if not isinstance(plain[key], list):
             raise InputError(f"{key}={plain[key]!r} is no list; write one, e.g. {key}=[{LISTS[key]}]")
     _pipeline(plain["pipeline"])
+    _generations(plain["born_again"].get("generations"))
     stages = {n: heard(s, f"pipeline.stages.{n}") for n, s in expand(plain["pipeline"]["stages"]).items()}
     plain["pipeline"] = {**plain["pipeline"], "stages": stages}
     _dials(plain)
@@ -543,6 +545,11 @@ def _pipeline(node: dict[str, Any]) -> None:
     for name, stage in stages.items():
         if not isinstance(stage, dict) or not {"_target_", "for_each"} & stage.keys():
             raise InputError(f"pipeline.stages.{name}={stage!r} is no stage: a stage is a mapping with _target_")
+
+
+def _generations(value: Any) -> None:
+    sound = (type(value) is int and value >= 1) or (isinstance(value, list) and len(value) > 0)
+    require(sound, "born_again.generations", value, "a number of them, 1 or more, or a list of networks")
 
 
 def _dials(config: dict[str, Any]) -> None:

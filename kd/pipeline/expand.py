@@ -3,7 +3,8 @@
 A template stands among a pipeline's stages under its own name:
 
     assistant:
-      for_each: ${assistants}        # a list, or a mapping of names to items
+      for_each: ${assistants}        # a list, or a mapping of names to items, less those that are null; or a number
+      item: ${teacher}               # of each, where for_each is a number
       start: teacher                 # what stands before the first item
       end: net                       # of several stages: the one that stands for the item, and has its name alone
       stages:                        # or `stage`, for one an item
@@ -14,7 +15,8 @@ Each string that is a token as a whole is replaced: `@item` by the item, `@model
 is one), `@index` by 1, 2, …, `@name` by the item's name, `@before` by what stands for the item before (or `start`),
 `@previous` by the stage before, `@before_labels` by the stage of that name beside `@before`. A mapping with
 `_from_: token` gives the token's mapping with the other entries laid over it; of several, each over those before.
-An item `{name: …, with: {seed: 1}}` lays fields over the stage that stands for it.
+`{_sum_: [${seed}, "@index"]}` is the sum of whole numbers, so that each item may have a seed of its own. An item
+`{name: …, with: {seed: 1}}` lays fields over the stage that stands for it.
 
 Among inputs a role that ends in `*` takes several, as `teacher1`, `teacher2`, …: `"teacher*": "@earlier"` names what
 stands for the items before, `start` first, and `"labels*": "@earlier_labels"` the stages beside these; in any later
@@ -35,7 +37,7 @@ from kd.errors import InputError, offer
 from kd.pipeline.steps import steps
 from kd.stages.building import model_of
 
-FIELDS = ("for_each", "start", "end", "stage", "stages")
+FIELDS = ("for_each", "item", "start", "end", "stage", "stages")
 TOKENS = ("@item", "@model", "@index", "@name", "@before", "@previous", "@earlier")
 
 
@@ -87,7 +89,7 @@ def expand(stages: Mapping[str, Any], where: str = "pipeline.stages") -> dict[st
             continue
         _check(stage, here)
         many = stage.get("stages") or {"": stage["stage"]}
-        for index, (label, item) in enumerate(_items(stage["for_each"], name), 1):
+        for index, (label, item) in enumerate(_items(stage["for_each"], name, stage.get("item")), 1):
             own, over = _parted(item)
             last = None
             for suffix, template in many.items():
@@ -109,11 +111,13 @@ def expand(stages: Mapping[str, Any], where: str = "pipeline.stages") -> dict[st
     return made
 
 
-def _items(node: Any, name: str) -> list[tuple[str, Any]]:
-    """Each item with the name of its stage."""
+def _items(node: Any, name: str, each: Any) -> list[tuple[str, Any]]:
+    """Each item with the name of its stage; a null is none."""
+    if isinstance(node, int):
+        return [(f"{name}{index}", each) for index in range(1, node + 1)]
     if isinstance(node, Mapping):
-        return [(str(key), value) for key, value in node.items()]
-    return [(f"{name}{index}", value) for index, value in enumerate(node, 1)]
+        return [(str(key), value) for key, value in node.items() if value is not None]
+    return [(f"{name}{index}", value) for index, value in enumerate((v for v in node if v is not None), 1)]
 
 
 def _parted(item: Any) -> tuple[Any, Mapping[str, Any] | None]:
@@ -134,8 +138,11 @@ def _check(stage: Mapping[str, Any], where: str) -> None:
     for key in stage:
         if key not in FIELDS:
             raise InputError(f"{where}.{key} is no field of a template{offer(str(key), FIELDS)}")
-    if isinstance(stage["for_each"], str) or not isinstance(stage["for_each"], Sequence | Mapping):
-        raise InputError(f"{where}.for_each={stage['for_each']!r} is no list; write one, e.g. [resnet34,resnet18]")
+    each = stage["for_each"]
+    if type(each) is int and each >= 0 and "item" in stage:
+        pass
+    elif isinstance(each, str) or not isinstance(each, Sequence | Mapping):
+        raise InputError(f"{where}.for_each={each!r} is no list; write one, e.g. [resnet34,resnet18]")
     one, many = stage.get("stage"), stage.get("stages")
     if "end" in stage and not (isinstance(many, Mapping) and stage["end"] in many):
         raise InputError(f"{where}.end={stage['end']!r} is none of its stages{offer(str(stage['end']), many or ())}")
@@ -151,6 +158,11 @@ def _add(made: dict[str, Any], name: str, stage: Any, where: str) -> None:
 
 def _written(node: Any, tokens: Mapping[str, Any], where: str) -> Any:
     """A copy with each token replaced."""
+    if isinstance(node, Mapping) and list(node) == ["_sum_"]:
+        numbers = _written(node["_sum_"], tokens, where)
+        if not isinstance(numbers, list) or not all(type(number) is int for number in numbers):
+            raise InputError(f"{where}: _sum_ adds up whole numbers, and is given {numbers!r}")
+        return sum(numbers)
     if isinstance(node, Mapping):
         laid = {key: _written(value, tokens, where) for key, value in node.items() if key != "_from_"}
         if "_from_" not in node:

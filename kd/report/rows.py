@@ -34,7 +34,8 @@ REFERENCES = ("teacher/accuracy", "alone/accuracy")
 STEPS = {"Prune": "pruned", "LowRank": "low-rank", "Quantize": "quantized", "FineTune": "recovered"}
 STEPS |= {"Export": "exported"}
 HEARS = ("Distil", "Circle", "MetaDistil")  # the stages whose student hears another network
-ROLES = (TEACHER, ASSISTANT, ALONE, DISTILLED, *STEPS.values())
+ENSEMBLE = "ensemble"
+ROLES = (TEACHER, ASSISTANT, ALONE, DISTILLED, ENSEMBLE, *STEPS.values())
 # Settings with a column of their own.
 _NAMED = ("model", "data", "teacher", "loss", "epochs", "samples")
 _OWN = {"config.seed", "config.fit.epochs", "config.fit.samples", "config.model.name", "config.data.name"}
@@ -232,6 +233,12 @@ def _teachers(card: Card, known: Mapping[str, Card]) -> list[Card]:
     return next((found for parent in parents if (found := _teachers(parent, known))), [])
 
 
+def _members(card: Card, known: Mapping[str, Card]) -> str | None:
+    """The networks of an ensemble by name."""
+    names = [str(_model(known[key]).get("name")) for key in _inputs(card).values() if key in known]
+    return " + ".join(names) if _is(card, "Ensemble") and names else None
+
+
 def _group(card: Card, known: Mapping[str, Card]) -> str:
     """A name for the card's setting: its document less the seed, with its parents' settings for their keys."""
     document = card["document"]
@@ -247,7 +254,8 @@ def _row(card: Card, known: Mapping[str, Card], taught_by: set[str], alone: Mapp
     # The dials stand in every command; a model that had no teacher did not hear them.
     deaf = ("temperature", "alpha") if _is(card, "Train") else ()
     dials = {name: value for name, value in (card.get("dials") or {}).items() if name not in deaf}
-    row: Row = {"role": _role(card, taught_by), "model": model.get("name"), "data": config.get("data", {}).get("name")}
+    named = model.get("name") or _members(card, known)
+    row: Row = {"role": _role(card, taught_by), "model": named, "data": config.get("data", {}).get("name")}
     if _is(card, *HEARS):
         names = [str(_model(teacher).get("name")) for teacher in heard]
         row |= {"teacher": " + ".join(names) or None, "loss": _loss(config.get("objective", {}))}

@@ -3,6 +3,7 @@
 from kd.stages.base import Room, Stage
 from kd.stages.circle import Circle
 from kd.stages.compare import Compare
+from kd.stages.ensemble import Ensemble
 from kd.stages.export import Export
 from kd.stages.finetune import FineTune
 from kd.stages.fingerprints import code_print, environment_print
@@ -17,6 +18,7 @@ __all__ = [
     "Circle",
     "Compare",
     "Distil",
+    "Ensemble",
     "Export",
     "FineTune",
     "LowRank",

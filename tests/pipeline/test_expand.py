@@ -171,3 +171,23 @@ def test_a_template_without_start_and_items_cannot_be_an_input() -> None:
     stages["assistant"]["start"] = None  # type: ignore[index]
     with pytest.raises(InputError, match="its list is empty"):
         expand(stages)
+
+
+def test_a_number_is_as_many_of_the_item_and_each_may_have_a_seed_of_its_own() -> None:
+    stage = {"_target_": "Distil", "student": "@model", "seed": {"_sum_": [5, "@index"]}}
+    made = expand({"net": {"for_each": 2, "item": {"name": "a"}, "stage": stage}})
+    assert {name: (one["student"]["name"], one["seed"]) for name, one in made.items()} == {
+        "net1": ("a", 6),
+        "net2": ("a", 7),
+    }
+    with pytest.raises(InputError, match="for_each=2 is no list"):
+        expand({"net": {"for_each": 2, "stage": stage}})
+    with pytest.raises(InputError, match=r"_sum_ adds up whole numbers, and is given \['a', 1\]"):
+        expand({"net": {"for_each": ["x"], "stage": {"_target_": "A", "seed": {"_sum_": ["a", "@index"]}}}})
+
+
+def test_an_item_that_is_null_is_none() -> None:
+    stage = {"_target_": "A", "how": "@item"}
+    assert expand({"more": {"for_each": {"whole": None}, "stage": stage}}) == {}
+    assert list(expand({"more": {"for_each": [None, "x"], "stage": stage}})) == ["more1"]
+    assert expand({"more": {"for_each": {"whole": "x"}, "stage": stage}}) == {"whole": {"_target_": "A", "how": "x"}}

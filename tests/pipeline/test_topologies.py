@@ -15,8 +15,12 @@ from kd.models import load
 from kd.pipeline.execute import check, execute
 from kd.pipeline.jobs import call
 from kd.pipeline.work import branches, run_packed
+from kd.report.rows import collect
+from kd.stages.base import Room
+from kd.stages.splits import load_data
 from kd.store import Store
 from kd.training.loaders import EpochLoader
+from kd.training.settings import Run
 from tests.pipeline.small import kill_at, made, planned
 from tests.stages.folder import bits
 
@@ -110,6 +114,63 @@ def test_a_term_on_layers_hears_each_teacher_and_labels_serve_where_no_layer_is_
     assert set(last.inputs) == {"teacher1", "teacher2", "labels1"}
     assert "the live teacher2 runs" in last.unused["labels2"]
     assert made(tmp_path, *words, "loss.hint.teacher=teacher2.conv3")[0] == ["teacher1_labels", "student"]
+
+
+BORN = ("pipeline=born_again", "teacher.name=seed_cnn_small", "+teacher.options.widths=[2,3,4,5]")
+
+
+def test_generations_teach_one_another_and_a_further_one_trains_that_alone(tmp_path):
+    ran, card = made(tmp_path, *BORN)
+    assert ran == ["teacher", "generation1_labels", "generation1", "generation2_labels", "generation2"]
+    found = cards(tmp_path, *BORN)
+    assert found["generation2"]["document"]["inputs"]["teacher"] == found["generation1"]["key"]
+    assert found["generation1"]["document"]["inputs"]["teacher"] == found["teacher"]["key"]
+    nets = {name: found[name]["document"]["config"] for name in ("teacher", "generation1", "generation2")}
+    assert nets["teacher"]["model"] == nets["generation1"]["student"] == nets["generation2"]["student"]
+    assert [config["seed"] for config in nets.values()] == [0, 1, 2]
+    assert len({found[name]["weights"] for name in nets}) == 3
+    three, _ = planned(tmp_path, *BORN, "born_again.generations=3")
+    status = [Store(tmp_path).get(node.key) is not None for node in three.nodes]
+    assert [node.name for node in three.nodes][-2:] == ["generation3_labels", "generation3"]
+    assert status == [True] * 5 + [False] * 2 and three.nodes[4].key == card["key"]
+    assert made(tmp_path, *BORN, "born_again.generations=3")[0] == ["generation3_labels", "generation3"]
+    assert made(tmp_path, *BORN, "born_again.generations=1")[0] == []
+
+
+def test_the_generations_together_are_a_row_that_trains_nothing(tmp_path):
+    words = (*BORN, "born_again.ensemble=mean_logits")
+    _, card = made(tmp_path, *words)
+    found = cards(tmp_path, *words)
+    home = Store(tmp_path)
+    nets = [load(home.get(found[name]["key"]).path) for name in ("generation1", "generation2")]
+    data = load_data(card["document"]["config"]["data"], Room(Run(store=str(tmp_path)), tmp_path))
+    with torch.no_grad():
+        said = sum(net(data.test.images / 255) for net in nets)
+    right = (said.argmax(1) == data.test.targets).double().mean().item()
+    assert card["metrics"]["test/accuracy"] == pytest.approx(right)
+    assert card["cost"]["parameters"] == 2 * found["generation1"]["cost"]["parameters"]
+    assert made(tmp_path, *BORN, "born_again.ensemble=mean_probabilities")[0] == ["ensemble"]
+    rows = collect([card], {one["key"]: one for one in found.values()})
+    assert (rows[0]["role"], rows[0]["model"]) == ("ensemble", "seed_cnn_small + seed_cnn_small")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("born_again.generations=0",), "born_again.generations=0 is out of range: it must be a number of them"),
+        (("born_again.generations=[]",), "or a list of networks"),
+        (("born_again.ensemble=mean_logit",), "born_again.ensemble='mean_logit' is none of .* did you mean 'mean_logi"),
+    ],
+)
+def test_generations_that_cannot_be_are_refused(words, said, tmp_path):
+    with pytest.raises(InputError, match=said):
+        planned(tmp_path, *BORN, *words)
+
+
+def test_generations_may_be_other_networks(tmp_path):
+    nodes = planned(tmp_path, *BORN, f"born_again.generations=[seed_cnn_small,{TINY}]")[0].nodes
+    found = {node.name: node.config["student"] for node in nodes if "student" in node.config}
+    assert found["generation1"]["options"] == {} and found["generation2"]["options"] == {"widths": [2, 3, 4, 5]}
 
 
 def test_several_students_of_one_teacher_are_compared(tmp_path):
