@@ -17,7 +17,7 @@ GROUPS = ("loss", "recipe", "mix", "data", "pair", "fit", "pipeline", "run", "ex
 KINDS = (*GROUPS, "model", "stage", "layers")
 _PAPER = re.compile(r"(?P<method>[^:]+) \((?P<paper>[^()]*\b(?:19|20)\d\d)\): (?P<about>.+)")
 _FAMILIES = dict.fromkeys(("logits", "self_taught", "softened", "exits", "own_exits"), "response") | dict.fromkeys(
-    ("maps", "flow", "boundary", "across"), "feature"
+    ("maps", "flow", "boundary", "across", "reuse"), "feature"
 )  # of the others the module's name is the family's
 _FAMILIES["likeliest"] = "sequence"
 

@@ -14,7 +14,7 @@ OUTPUT = ":output"  # what comes out, as without it: a layer that is called like
 THROUGH = ":through:"  # what the layers behind it, joined by +, make of each position
 EARLIER = "earlier.logits"  # what the student said of a sample when it saw it last
 SEVERAL = ("stages", "preactivations")  # these stand for a list
-_PART = re.compile(r"stages|preactivations|middle|last|embedding|classes|(?:stage|preactivation)[1-9]\d*")
+_PART = re.compile(r"stages|preactivations|middle|last|embedding|unpooled|classes|(?:stage|preactivation)[1-9]\d*")
 
 
 def layer(name: str) -> str:

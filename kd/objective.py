@@ -48,6 +48,7 @@ class Term:
         target: `batch.target`.
         feature: a second view of the student's, for a loss that reads its logits and a layer; or a list of such.
         row: `batch.row`, each sample's place in the split, for a loss that remembers samples.
+        part: `teacher.classifier`, or `teacher.` and the path of a layer: a loss is lent a frozen copy of it.
         schedule: numbers that change over training, by the path of their field: `weight`, `loss.temperature`.
 
     Raises:
@@ -69,6 +70,7 @@ class Term:
     target: str | None = None
     feature: Views | None = None
     row: str | None = None
+    part: str | None = None
     schedule: Mapping[str, Schedule] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -93,6 +95,11 @@ class Term:
                     f"{example!r}"
                 )
         binding.check_roles(self.loss, ["student", *self.names()])
+        if self.part is not None and not re.match(rf"teacher{_NUMBER}\..", str(self.part)):
+            raise InputError(f"a term borrows {self.part!r}; a teacher's layer was meant, such as teacher.classifier")
+        if (self.part is None) == hasattr(self.loss, "lend"):
+            said = "needs a part of the teacher: set part=teacher.classifier" if self.part is None else "takes no part"
+            raise InputError(f"the loss {type(self.loss).__name__} {said}")
         for path in self.schedule:
             if path != "weight":
                 _owners(self.loss, path)
@@ -118,6 +125,21 @@ class Term:
         """
         given = {role: getattr(self, role) for role in ("student", "teacher", "feature", "target", "row")}
         return {role: view for role, view in given.items() if view is not None}
+
+
+@dataclass(frozen=True)
+class Graft:
+    """What is shipped behind one of the student's layers, in the place of all that follows it there.
+
+    Args:
+        term: that asks for it.
+        at: the layer's name, as taps take it.
+        tail: makes logits of what the layer gives; its layers are the loss's, or lent to it.
+    """
+
+    term: str
+    at: str
+    tail: nn.Module
 
 
 class Objective(nn.Module):
@@ -227,6 +249,42 @@ class Objective(nn.Module):
         if term.names() != dict(views):
             self.active[name] = self.terms[name] = replace(term, **views)
 
+    @property
+    def borrows(self) -> list[str]:
+        """The parts of teachers that active terms are to be lent, such as `teacher.classifier`, sorted."""
+        return sorted({term.part for term in self.active.values() if term.part is not None})
+
+    def lend(self, parts: Mapping[str, nn.Module]) -> None:
+        """Give each loss that borrows a part of a teacher that part; before `bind`.
+
+        Args:
+            parts: by the name that `borrows` has: frozen, and no part of anybody's state.
+
+        Raises:
+            InputError: if a part is missing.
+        """
+        for name, term in self.active.items():
+            if term.part is not None:
+                take: Any = term.loss
+                take.lend(_one(term.part, parts, name))
+
+    @property
+    def graft(self) -> Graft | None:
+        """What is to be shipped in the place of the student's own end, where a loss says so; when all is bound.
+
+        Raises:
+            InputError: if two losses say so, or one that reads no single layer of the student.
+        """
+        found = []
+        for name, term in self.active.items():
+            if callable(tail := getattr(term.loss, "graft", None)):
+                if not isinstance(term.student, str) or term.student == f"student.{LOGITS}":
+                    raise InputError(f"the term {name!r} grafts behind {term.student!r}; one layer was meant")
+                found.append(Graft(name, term.student.partition(".")[2], tail()))
+        if len(found) > 1:
+            raise InputError(f"the terms {' and '.join(graft.term for graft in found)} would each ship another student")
+        return found[0] if found else None
+
     def paths(self, side: str) -> list[str]:
         """The layers of a net that active terms read, sorted: what to tap. Logits are no layer.
 
@@ -269,6 +327,29 @@ class Objective(nn.Module):
                 bind(*found)
             except InputError as error:
                 raise InputError(f"{binding.described(name, term.names(), shapes)}: {error}") from error
+
+    def check_answers(self, views: Mapping[str, Tensor]) -> None:
+        """Refuse a loss that reads the teacher's layer with its classifier and does not get the teacher's logits.
+
+        Args:
+            views: name to tensor, of two samples or more.
+
+        Raises:
+            InputError: naming the term and the layer.
+        """
+        for name, term in self.active.items():
+            answers: Any = getattr(term.loss, "answers", None)
+            if answers is None or term.teacher is None or term.part is None:
+                continue
+            with torch.no_grad():
+                found = answers(_look_up(term.teacher, views, name))
+            logits = _one(f"{term.part.partition('.')[0]}.{LOGITS}", views, name)
+            if found.shape != logits.shape or not torch.allclose(found, logits, rtol=1e-3, atol=1e-3):
+                raise InputError(
+                    f"the term {name!r}: {term.part} does not read the mean of {term.teacher}, which would give other "
+                    f"logits than the teacher's; name the layer that it reads, or take vectors: loss.{name}.student="
+                    f"student.embedding loss.{name}.teacher=teacher.embedding"
+                )
 
     def rehearse(self, views: Mapping[str, Tensor]) -> None:
         """Compute each term once, without a trace: what a loss would refuse in the first step it refuses here.

@@ -467,3 +467,56 @@ def test_any_loss_on_logits_may_have_its_own_student_for_a_teacher() -> None:
     logits = tensor([[1.0, 0.0, 2.0], [0.0, 3.0, 1.0]])
     objective(seen(logits, [1, 2]))
     assert objective(seen(logits, [1, 2]))[0].item() == pytest.approx(0, abs=1e-6)
+
+
+class Lent(nn.Module):
+    """A loss that is lent a part."""
+
+    def lend(self, part: nn.Module) -> None:
+        self.part = part
+
+    def graft(self) -> nn.Module:
+        return nn.Sequential(nn.Flatten())
+
+    def forward(self, student: Tensor) -> Tensor:
+        return student.sum()
+
+
+class Plain(nn.Module):
+    """A loss that takes the student's logits alone."""
+
+    def forward(self, student: Tensor) -> Tensor:
+        return student.sum()
+
+
+def test_a_loss_is_lent_the_part_that_its_term_names() -> None:
+    objective = Objective({"a": Term(Lent(), 1.0, "student.conv3", part="teacher.classifier"), "b": label()})
+    assert objective.borrows == ["teacher.classifier"] and not objective.needs_teacher
+    head = nn.Linear(2, 2)
+    objective.lend({"teacher.classifier": head})
+    assert objective.losses["a"].part is head
+    with pytest.raises(InputError, match=r"term 'a' reads 'teacher\.classifier', which is not among"):
+        objective.lend({})
+
+
+def test_a_graft_stands_behind_the_one_layer_that_its_term_reads() -> None:
+    found = Objective({"a": Term(Lent(), 1.0, "student.conv3", part="teacher.head")}).graft
+    assert found is not None and (found.term, found.at) == ("a", "conv3") and len(list(found.tail.children())) == 1
+    assert Objective({"b": label()}).graft is None
+    for views in ("student.logits", ["student.conv3"]):
+        with pytest.raises(InputError, match="one layer was meant"):
+            _ = Objective({"a": Term(Lent(), 1.0, views, part="teacher.head")}).graft
+
+
+@pytest.mark.parametrize(
+    ("loss", "part", "words"),
+    [
+        (Lent(), None, r"Lent needs a part of the teacher: set part=teacher\.classifier"),
+        (Plain(), "teacher.head", "Plain takes no part"),
+        (Lent(), "head", "borrows 'head'; a teacher's layer was meant"),
+        (Lent(), "student.head", "borrows 'student.head'"),
+    ],
+)
+def test_a_part_that_cannot_be_lent_is_refused(loss: nn.Module, part: str | None, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        Term(loss, 1.0, "student.logits", part=part)

@@ -6,6 +6,7 @@ A structure is a list of changes in the order they were made:
     {"kind": "lowrank", "layers": {"dense.0": {"form": "svd", "rank": 7}}}
     {"kind": "masked", "tensors": {"conv1.weight": "2:4", "dense.0.weight": null}}
     {"kind": "folded", "norms": {"bn1": "conv1"}}
+    {"kind": "graft", "at": "layer3", "without": ["fc"], "tail": […]}                      (kd.models.graft)
     {"kind": "quantized", "how": "static", "bits": 8, "block": null, "layers": {"conv1": {"step": 0.0157, "zero": 0}}}
 
 A mask changes no shape: it is where these weights are 0, and training keeps them so. A folded norm is in the layer
@@ -152,6 +153,9 @@ def masked(structure: Sequence[Mapping[str, Any]]) -> dict[str, str | None]:
     >>> masked([{"kind": "masked", "tensors": {"a.weight": None, "b.weight": "2:4"}},
     ...         {"kind": "lowrank", "layers": {"a": {"form": "svd", "rank": 1}}}])
     {'b.weight': '2:4'}
+    >>> masked([{"kind": "masked", "tensors": {"a.weight": None, "fc.weight": None}},
+    ...         {"kind": "graft", "at": "a", "without": ["fc"], "tail": []}])
+    {'trunk.a.weight': None}
     """
     found: dict[str, str | None] = {}
     for change in structure:
@@ -159,6 +163,9 @@ def masked(structure: Sequence[Mapping[str, Any]]) -> dict[str, str | None]:
             found |= change["tensors"]
         elif change["kind"] == "lowrank":
             found = {name: how for name, how in found.items() if name.rpartition(".")[0] not in change["layers"]}
+        elif change["kind"] == "graft":  # what is left of the net has other names
+            gone = tuple(f"{path}." for path in change["without"])
+            found = {f"trunk.{name}": how for name, how in found.items() if not name.startswith(gone)}
         elif change["kind"] == "pruned":  # a pattern counts inputs, and these are other ones now
             found = {name: None if name in change["tensors"] else how for name, how in found.items()}
     return found

@@ -25,6 +25,8 @@ from kd.store import Artifact, Store, canonical, short, with_neutral
 from kd.training.settings import Fit, Run
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from kd.data import Splits
     from kd.models import Normalised
     from kd.stages.assembly import Assembly
@@ -271,8 +273,8 @@ class _Desk:
         from kd.training.probe import loader_of, probe, speak
 
         _, _, judge = speak(made.module.student, splits.validation, stage.data, run, 512)
-        made.module.student_taps.pop()
-        size = sum(stored_bytes(net.net) for net in _learning(made.module))
+        made.module.student_taps.clear()
+        size = sum(stored_bytes(net) for net in _learning(made.module))
         loader = loader_of(made.split, made.fit, run, stage.data, stage.seed, made.views, made.view_seed, made.labels)
         probed = probe(made.module, loader, made.fit, run, stage.seed)
         step = probed.step_s
@@ -376,10 +378,10 @@ def _counted(node: Node) -> bool:
     return _trains(node) or hasattr(resolve(node.document["stage"]), "forecast")
 
 
-def _learning(module: Distiller | Circle) -> list[Normalised]:
-    """The networks that a training writes down."""
+def _learning(module: Distiller | Circle) -> list[nn.Module]:
+    """The plain networks that a training writes down."""
     members = getattr(module, "members", None)
-    return [module.student] if members is None else [member.net for member in members.values()]
+    return [module.net] if members is None else [member.net.net for member in members.values()]
 
 
 def _bindings(made: Assembly[Any]) -> Check:

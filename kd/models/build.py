@@ -156,8 +156,12 @@ class Normalised(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """The net's output for images (N, C, H, W) in [0, 1]."""
-        output: Tensor = self.net((images - self.mean) / self.std)
+        output: Tensor = self.net(self.normalised(images))
         return output
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """What the net is given of images in [0, 1]."""
+        return (images - self.mean) / self.std
 
 
 def _known(name: str, pretrained: bool) -> bool:

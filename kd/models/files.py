@@ -17,6 +17,7 @@ from kd.compress.structure import rebuild
 from kd.errors import KDError
 from kd.models.build import Normalised, create
 from kd.models.frozen import Frozen
+from kd.models.graft import KIND, regrafted
 
 NAME = "model"
 WEIGHTS, RECIPE = f"{NAME}.safetensors", f"{NAME}.json"
@@ -40,7 +41,8 @@ def save(net: nn.Module, spec: Mapping[str, Any], folder: Path, name: str = NAME
     Args:
         net: a `Normalised`, whose mean and std are written with it, or a plain net if `spec` holds both.
         spec: `{"model": {"name", "options"}, "num_classes", "in_chans", "size"}`, plain data; further entries stay.
-            `structure` is what compression made of that model (`kd.compress.structure`); without, it is as built.
+            `structure` is what was made of that model (`kd.compress.structure`, `kd.models.graft`); without, it is as
+            built.
         folder: made if it is not there.
         name: of the files, for a folder that holds several nets.
 
@@ -95,7 +97,7 @@ def load(folder: Path, name: str = NAME) -> Normalised:
             size=recipe["size"],
             options=model["options"],
         )
-        rebuild(net, recipe.get("structure", []))
+        net = _restructured(net, recipe)
     expected, found = _layout(net.state_dict()), _layout(stored)
     if wrong := sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):
         raise KDError(
@@ -105,6 +107,14 @@ def load(folder: Path, name: str = NAME) -> Normalised:
         )
     net.load_state_dict(stored, strict=True)
     return Normalised(net, recipe["mean"], recipe["std"]).eval()
+
+
+def _restructured(net: nn.Module, recipe: Mapping[str, Any]) -> nn.Module:
+    shape = recipe["in_chans"], recipe["size"], recipe["size"]
+    for change in recipe.get("structure", []):
+        grafted = isinstance(change, Mapping) and change.get("kind") == KIND
+        net = regrafted(net, change, shape) if grafted else rebuild(net, [change])
+    return net
 
 
 def recipe_of(folder: Path, name: str = NAME) -> dict[str, Any]:

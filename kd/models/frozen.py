@@ -17,6 +17,8 @@ class Frozen(nn.Module):
 
     Args:
         module: frozen in place: its parameters stop asking for gradients.
+        through: let a gradient through to what it is given, for a part of a teacher that a student's features are put
+            into.
 
     >>> teacher = Frozen(nn.BatchNorm1d(2)).train()
     >>> teacher.training, teacher.module.training, len(teacher.state_dict()), len(list(teacher.parameters()))
@@ -25,8 +27,9 @@ class Frozen(nn.Module):
 
     module: nn.Module
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, through: bool = False) -> None:
         super().__init__()
+        self.through = through
         # Past nn.Module's own __setattr__, which would make it a child.
         object.__setattr__(self, "module", module.eval().requires_grad_(False))
         self.training = False
@@ -42,7 +45,9 @@ class Frozen(nn.Module):
         return self
 
     def forward(self, *args: Any) -> Any:
-        """The net's output, cut off from the graph."""
+        """The net's output; cut off from the graph, unless gradients go through."""
+        if self.through:
+            return self.module(*args)
         # no_grad, not inference_mode: feature losses save the teacher's tensor for backward.
         with torch.no_grad():
             return self.module(*args)

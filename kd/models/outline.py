@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import weakref
 from collections import Counter
@@ -16,7 +17,7 @@ from kd import names
 from kd.compress.measure import looking
 from kd.errors import InputError, nearest
 from kd.models.positions import is_activation, lays_over, over
-from kd.models.taps import Layout, _first_tensor, channels_axis, square
+from kd.models.taps import Layout, _first_tensor, channels_axis, laid, square
 
 QUARTERS = 4  # stages of a net whose layers are all alike
 HEAD = 8  # layers from the last stage to the logits, at most, for class maps
@@ -35,6 +36,7 @@ class Outline:
         classifier: path of the last linear layer or 1x1 convolution; None where there is none.
         embedding: the vector (N, D) that it reads.
         classes: maps (N, classes, H, W): the last stage's positions through what stands before and in the classifier.
+        unpooled: the maps whose mean over positions is the embedding, or the embedding where there are none.
     """
 
     net: str
@@ -43,6 +45,7 @@ class Outline:
     classifier: str | None = None
     embedding: str | None = None
     classes: str | None = None
+    unpooled: str | None = None
 
     def find(self, name: str) -> tuple[str, ...]:
         """The layers that a part stands for, with what the name asks for behind each.
@@ -78,13 +81,13 @@ class Outline:
                 found |= {f"{one}{number}": (path,) for number, path in enumerate(several, 1)}
         if self.stages:
             found |= {"middle": (self.stages[(len(self.stages) - 1) // 2],), "last": (self.stages[-1],)}
-        single = {"embedding": self.embedding, "classes": self.classes}
+        single = {"embedding": self.embedding, "unpooled": self.unpooled, "classes": self.classes}
         return found | {name: (path,) for name, path in single.items() if path}
 
     def _has(self, part: str) -> str:
         if part == "classes":
             return "its classifier cannot be laid over the positions of its last stage, as class maps need"
-        if part == "embedding":
+        if part in ("embedding", "unpooled"):
             return "no linear layer gives its logits"
         if not self.stages:
             return "none of its layers gives maps or tokens of a square; name layers by their paths"
@@ -123,16 +126,17 @@ def outline(net: nn.Module, shape: Sequence[int], chosen: Sequence[str] | None =
         activation = None if names.INPUT in name else seen.activated.get(names.layer(name))
         before.append(name if activation is None else f"{activation}:input{names.suffix(name)}")
     classifier = _classifier(net, seen)
-    embedding = classes = None
+    embedding = classes = unpooled = None
     if classifier is not None:
         embedding = f"{classifier}:input" + ("" if len(seen.inputs[classifier]) == 2 else names.POOLED)
         classes = _classes(net, stages, classifier, seen)
-    return Outline(type(net).__name__, stages, tuple(before), classifier, embedding, classes)
+        unpooled = _unpooled(stages, classifier, seen) or embedding
+    return Outline(type(net).__name__, stages, tuple(before), classifier, embedding, classes, unpooled)
 
 
 @dataclass
 class _Seen:
-    """What one pass showed: of each layer that ran, when it was called and ended, and the shapes it took and gave."""
+    """What one pass showed: of each layer that ran, when it was called and ended, what it took and gave."""
 
     layout: Layout
     modules: dict[str, nn.Module]
@@ -140,6 +144,8 @@ class _Seen:
     ended: dict[str, int] = field(default_factory=dict)
     inputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
     outputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    taken: dict[str, Tensor] = field(default_factory=dict)  # vectors (1, D), or the mean of maps over positions
+    given: dict[str, Tensor] = field(default_factory=dict)
     activated: dict[str, str] = field(default_factory=dict)  # a layer, and the activation that its output is that of
 
     @classmethod
@@ -152,12 +158,16 @@ class _Seen:
             seen.called[path] = next(clock)
             if (tensor := _first_tensor(args)) is not None:
                 seen.inputs[path] = tuple(tensor.shape)
+                if isinstance(module, nn.Linear | nn.Conv2d):
+                    seen.taken[path] = tensor.mean(dim=(2, 3)) if tensor.ndim == 4 else tensor.clone()
 
         def after(module: nn.Module, output: Any, path: str) -> None:
             if (tensor := _first_tensor(output)) is None:
                 return
             seen.ended[path] = next(clock)
             seen.outputs[path] = tuple(tensor.shape)
+            if seen.grid(path) is not None:
+                seen.given[path] = laid(tensor, seen.layout).mean(dim=(2, 3))
             if is_activation(module):
                 last[:] = [(path, weakref.ref(tensor))]
             seen.activated.pop(path, None)
@@ -171,7 +181,9 @@ class _Seen:
         first = next(net.parameters(), None)
         try:
             with looking(net):
-                net(torch.zeros(1, *shape, device=first.device if first is not None else None))
+                # A ramp: of a black image two layers may give the same by chance.
+                ramp = torch.linspace(0, 1, math.prod(shape), device=first.device if first is not None else None)
+                net(ramp.reshape(1, *shape))
         finally:
             for handle in handles:
                 handle.remove()
@@ -298,6 +310,25 @@ def _classifier(net: nn.Module, seen: _Seen) -> str | None:
         inside = {id(part) for part in first.modules()}
         found = [path for path in found if id(seen.modules[path]) in inside] or found
     return found[-1] if found else None
+
+
+def _unpooled(stages: Sequence[str], classifier: str, seen: _Seen) -> str | None:
+    """The layer whose maps have the mean that the classifier reads: the last stage, else that of the largest grid."""
+    if len(seen.inputs[classifier]) == 4:
+        return f"{classifier}:input"
+    read = seen.taken[classifier]
+    scale = float(read.abs().max())
+    alike = [
+        path
+        for path, mean in seen.given.items()
+        if mean.shape == read.shape
+        and seen.ended[path] < seen.called[classifier]
+        and torch.allclose(mean, read, rtol=1e-4, atol=1e-5 * scale)
+    ]
+    if stages and names.layer(stages[-1]) in alike:
+        return stages[-1]
+    wide = [path for path in alike if seen.side(path) > 1]
+    return seen.as_maps(max(wide, key=lambda path: (seen.side(path), seen.ended[path]))) if wide else None
 
 
 def _classes(net: nn.Module, stages: Sequence[str], classifier: str, seen: _Seen) -> str | None:

@@ -73,6 +73,11 @@ class Taps:
             raise InputError(f"the layer {silent[0]!r} was not run by the last forward pass; choose one that always is")
         return found
 
+    def clear(self) -> None:
+        """Let go of what is held, whether or not all layers ran."""
+        for tap in self._taps.values():
+            tap.output = None
+
     def remove(self) -> None:
         """Take the hooks out of the net again."""
         for handle in self._handles:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from kd.errors import InputError
 from kd.roles import by_role, labels_of, teachers
 from kd.stages.base import Config, Room
 from kd.stages.building import build_objective
@@ -16,7 +17,8 @@ from kd.training.settings import Fit
 if TYPE_CHECKING:
     from kd.data import Split, Splits
     from kd.data.several import Labels
-    from kd.models import Normalised
+    from kd.models import Grafted, Normalised
+    from kd.objective import Objective
     from kd.training.module import Distiller
 
 
@@ -100,7 +102,10 @@ def assemble(
         labels = room.once(("labels", keys, id(split)), lambda: stored_labels(stored, split, len(splits.classes)))
     live = {role: net for role, net in by_role(given).items() if role not in stored}
     live |= {r: load(inputs[r].path) for r in teachers(inputs) if r not in stored and r not in live}
-    bindings = _bind(objective, student, live, stage.data, labels, len(split), getattr(stage, "teacher_stages", None))
+    lenders = {r: load(inputs[r].path) for r in stored if any(name.startswith(f"{r}.") for name in objective.borrows)}
+    bindings = _bind(
+        objective, student, live, stage.data, labels, len(split), getattr(stage, "teacher_stages", None), lenders
+    )
     module = Distiller(
         student,
         objective,
@@ -108,6 +113,7 @@ def assemble(
         live,
         stored=tuple(stored),
         channels_last=fit.channels_last,
+        graft=grafted(objective, student, stage.data),
     )
     views, view_seed = (getattr(stage, name, None) for name in ("views", "view_seed"))
     return Assembly(module, fit, split, labels, live, views, view_seed, tuple(bindings))
@@ -121,6 +127,7 @@ def _bind(
     labels: Labels | None,
     samples: int,
     teacher_stages: Sequence[str] | None,
+    lenders: Mapping[str, Normalised],
 ) -> list[str]:
     import torch
 
@@ -129,7 +136,32 @@ def _bind(
     # On the CPU still: ranks are forked later, and a process that has touched CUDA cannot be forked.
     two = {} if labels is None else labels.at(0, torch.arange(2, device=labels.device))
     kept = {name: value.cpu() for name, value in two.items()}
-    return bind_sides(objective, {"student": student, **live}, data, kept, samples, {"teacher": teacher_stages})
+    nets, chosen = {"student": student, **live}, {"teacher": teacher_stages}
+    return bind_sides(objective, nets, data, kept, samples, chosen, lenders=lenders)
+
+
+def grafted(objective: Objective, student: Normalised, data: Config) -> Grafted | None:
+    """What a student becomes where a term ships it with another end; it learns with the student and the objective.
+
+    Args:
+        objective: bound.
+        student: as it trains.
+        data: for the shape of an image.
+
+    Raises:
+        InputError: if it cannot be built, or could not be stored.
+    """
+    from kd.models import Grafted
+
+    if (graft := objective.graft) is None:
+        return None
+    size = int(data["size"])
+    try:
+        made = Grafted(student.net, graft.at, graft.tail, (int(data["channels"]), size, size))
+        assert made.change  # what is stored of it
+    except InputError as error:
+        raise InputError(f"the term {graft.term!r}: {error}") from error
+    return made
 
 
 def stored_labels(artifacts: Mapping[str, Artifact], split: Split, classes: int) -> Labels:

@@ -85,6 +85,7 @@ def bind_sides(
     samples: int = 2,
     chosen: Mapping[str, Sequence[str] | None] | None = None,
     rehearse: bool = False,
+    lenders: Mapping[str, Normalised] | None = None,
 ) -> list[str]:
     """Give the terms the layers that their parts stand for, and the shapes of what they compare.
 
@@ -98,13 +99,14 @@ def bind_sides(
         samples: how many the split has, for a loss that remembers each.
         chosen: by side, layers that are its stages where it does not know them itself.
         rehearse: whether to compute each term once too.
+        lenders: teachers that are not asked and whose parts are borrowed, by side.
 
     Raises:
         InputError: if a layer is not there, or shapes cannot be bridged.
     """
     import torch
 
-    from kd.models import Taps, outline
+    from kd.models import Taps, outline, part_of
     from kd.models.taps import Layout, laid
     from kd.training.trainer import blank
 
@@ -143,11 +145,32 @@ def bind_sides(
             views[name] = laid(views[bare], Layout.of(nets[name.partition(".")[0]].net))
         except InputError as error:
             raise InputError(f"{bare}: {error}") from error
+    lent = {}
+    for name in objective.borrows:
+        side, _, path = name.partition(".")
+        if (source := (lenders or {}).get(side) or nets.get(side)) is None:
+            raise InputError(f"a term borrows {name}, and there is no {side}")
+        lent[name] = part_of(source.net, path, shape)
+    objective.lend(lent)
     shapes = {name: view.shape for name, view in views.items()}
     objective.bind(shapes | {"batch.row": torch.Size((samples,))})
+    objective.check_answers(views)
     if rehearse:
         objective.rehearse(views | {"batch.row": torch.zeros(2, dtype=torch.long)})
     return lines(objective, shapes)
+
+
+def lends_nothing(objective: Objective) -> None:
+    """Refuse terms that borrow a part of a teacher, where that learns too and a copy would stay behind.
+
+    Raises:
+        InputError: naming the part.
+    """
+    if objective.borrows:
+        raise InputError(
+            f"a term borrows {objective.borrows[0]} as it is at the start, and here the networks learn together; use "
+            "pipeline=distil"
+        )
 
 
 def lines(objective: Objective, shapes: Shapes) -> list[str]:

@@ -11,7 +11,7 @@ from kd.errors import InputError
 from kd.roles import by_role
 from kd.stages.assembly import Assembly, steps_of
 from kd.stages.base import Config, Room, Stage
-from kd.stages.bindings import bind_sides
+from kd.stages.bindings import bind_sides, lends_nothing
 from kd.stages.building import build, build_objective, model_of
 from kd.stages.image import FIT_SINCE, recipe, trained
 from kd.stages.splits import load_data, taken
@@ -187,6 +187,7 @@ class Circle:
             heard = names if self.hears == "all" else [other for other in names if other != name]
             terms: Objective = build_objective(self.back if name == TEACHER else self.objective, room)
             terms.draws_from(self.seed)
+            lends_nothing(terms)
             if name == TEACHER and teacher is not None:
                 members[name] = Member(teacher, terms, heard, tuned(teacher, self.tune, self.data), float(self.rate))
             else:

@@ -14,7 +14,7 @@ from kd.binding import each
 from kd.errors import InputError
 from kd.roles import plain, teachers
 from kd.schedules import weighs
-from kd.stages.assembly import Assembly, assemble
+from kd.stages.assembly import Assembly, assemble, grafted
 from kd.stages.base import Config, Room, Stage
 from kd.stages.bindings import bind_sides, reads_stages, views_of
 from kd.stages.building import build, build_objective
@@ -202,8 +202,10 @@ class Distil:
             source = inputs[role]
             if isinstance(source, Artifact):
                 heard[role] = room.once(("teacher", source.key), partial(room.stand_in, source))
-            elif isinstance(source, Train | Distil):
-                heard[role] = source.model if isinstance(source, Train) else source.student
+            elif isinstance(source, Train):
+                heard[role] = source.model
+            elif isinstance(source, Distil) and not source.borrows:
+                heard[role] = source.student
             elif hasattr(source, "stand_in"):
                 heard[role] = room.stand_in(source)
             else:
@@ -213,8 +215,20 @@ class Distil:
         rehearse(self.data, self.student, heard, self.objective, self.fit, room, self.teacher_stages)
 
     def stand_in(self, inputs: Mapping[str, Stage | Artifact], room: Room) -> Normalised:
-        """The student, with weights that mean nothing."""
-        return build(self.student, self.data, None, 0, room)
+        """The student as it is shipped, with weights that mean nothing."""
+        student = build(self.student, self.data, None, 0, room)
+        if not self.borrows:
+            return student
+        objective = build_objective(self.objective, room)
+        nets = {role: room.stand_in(inputs[role]) for role in teachers(inputs)}
+        bind_sides(objective, {"student": student, **nets}, self.data, chosen={"teacher": self.teacher_stages})
+        graft = grafted(objective, student, self.data)
+        return student if graft is None else type(student)(graft, *student.statistics)
+
+    @property
+    def borrows(self) -> bool:
+        """Whether a term is lent a part of a teacher, and so perhaps ships another net than the student."""
+        return any(term.get("part") for term in self.objective.values())
 
     def run(self, inputs: Mapping[str, Artifact], out: Path, room: Room) -> dict[str, Any]:
         """Distil, evaluate against the labels and the teacher, save the student alone."""
@@ -252,6 +266,7 @@ def rehearse(
             room.tell({"event": "say", "line": line})
         for line in larger(student, nets, room.stage):
             room.tell({"event": "say", "line": line})
+        grafted(terms, student, data)
         ranks.check(Fit(**fit), room.run.devices, device_of(room.run).type == "cuda", student, terms)
         return True
 
@@ -366,8 +381,12 @@ def trained(
         # Shipped in float32, whatever it was trained in: what reads it builds float32 networks.
         student = module.student.float().to(device_of(room.run))
         student = student.to(memory_format=torch.contiguous_format)
-        if finish is not None:
-            spec = {**spec, "structure": [*spec.get("structure", []), *finish(student)]}
+        changes = [] if finish is None else finish(student)
+        if (graft := grafted(module.objective, student, data)) is not None:  # anew, for a change made other layers
+            student = type(student)(graft, *student.statistics).float().to(device_of(room.run))
+            changes.append(graft.change)
+        if changes:
+            spec = {**spec, "structure": [*spec.get("structure", []), *changes]}
         metrics, chosen = evaluated(student, peers_of(inputs, made.teachers, data), splits, data, room)
         metrics |= more()
         content = data_print(data, room)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from kd.errors import InputError
 from kd.stages.assembly import Assembly, steps_of
 from kd.stages.base import Config, Room, Stage
-from kd.stages.bindings import bind
+from kd.stages.bindings import bind, lends_nothing
 from kd.stages.building import build, build_objective
 from kd.stages.circle import STUDENT, TEACHER, checked_tune, recipe_of_artifact, told, tuned
 from kd.stages.image import FIT_SINCE, recipe, trained
@@ -108,6 +108,7 @@ class MetaDistil:
             raise InputError(f"run.devices={room.run.devices}: networks that learn together do so on one device")
         student, teacher = build(self.student, self.data, None, 0, room), room.stand_in(inputs[TEACHER])
         terms = build_objective(self.objective, room)
+        lends_nothing(terms)
         if not terms.needs_teacher:
             raise InputError(
                 "no term of a weight above 0 hears the teacher, so it would learn nothing: e.g. loss=[ce,kd]"

@@ -190,7 +190,7 @@ class Recorder(pl.Callback):
         valid = {f"val/{n}": v for n, v in module.validation.items() if isinstance(v, (int, float))}
         lr = trainer.optimizers[0].param_groups[0]["lr"]
         epoch = {"epoch": trainer.current_epoch, "step": step, "lr": lr, **means, **valid}
-        self.epochs.append({**epoch, "weights": weights_digest(module.student.net)})
+        self.epochs.append({**epoch, "weights": weights_digest(module.net)})
         self.sums, self.counts = {}, {}
         module.validation = {}
         self.write(trainer, step, {f"epoch/{k}" if k.startswith("train/") else k: v for k, v in epoch.items()})
@@ -239,14 +239,14 @@ class Selection(pl.Callback):
         if self.best is None or score > self.best:
             self.best, self.epoch = score, trainer.current_epoch
             if self.fit.select == "best":
-                self.weights = {k: v.detach().cpu().clone() for k, v in module.student.net.state_dict().items()}
+                self.weights = {k: v.detach().cpu().clone() for k, v in module.net.state_dict().items()}
         if self._patience_ended(trainer.current_epoch):
             trainer.should_stop = True
 
     def restore(self, module: Learner) -> None:
         """Put the chosen epoch's weights back into the student."""
         if self.fit.select == "best" and self.weights:
-            module.student.net.load_state_dict(self.weights)
+            module.net.load_state_dict(self.weights)
 
 
 class Checkpoint(pl.Callback):

@@ -128,6 +128,11 @@ class Circle(pl.LightningModule):
         return self.members[self.shipped].net
 
     @property
+    def net(self) -> torch.nn.Module:
+        """The plain net that is judged, kept and stored."""
+        return self.student.net
+
+    @property
     def objective(self) -> Objective:
         """The terms of the network that is shipped."""
         found = self.members[self.shipped].objective

@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from kd.models import Frozen, Normalised, Taps
+from kd.models import Frozen, Grafted, Normalised, Taps, plain
 from kd.objective import Objective
 from kd.roles import by_role
 from kd.tasks.image import evaluate
@@ -29,7 +29,11 @@ class Distiller(pl.LightningModule):
         teachers: run frozen, one after the other, on each batch where a term of the step needs them; one, or by role.
         channels_last: give images to both networks with the channels innermost.
         stored: the teachers of which batches bring what they said of them before, so that these need not run.
+        graft: what is shipped in the student's place, where a term asks for another end; its layers are the student's
+            and the objective's own.
     """
+
+    graft: Grafted | None
 
     def __init__(
         self,
@@ -39,6 +43,7 @@ class Distiller(pl.LightningModule):
         teachers: Normalised | Mapping[str, Normalised] | None = None,
         stored: Collection[str] = (),
         channels_last: bool = False,
+        graft: Grafted | None = None,
     ) -> None:
         """Install the taps: before any compilation, or hooks never fire."""
         super().__init__()
@@ -56,6 +61,8 @@ class Distiller(pl.LightningModule):
                 net.to(memory_format=torch.channels_last)
         self.teachers = torch.nn.ModuleDict({role: Frozen(given[role]) for role in live})
         self.teacher_taps = {role: Taps(given[role].net, objective.paths(role)) for role in live}
+        # Past nn.Module's own __setattr__: its layers have their names in the state already.
+        object.__setattr__(self, "graft", graft)
         self.parts: dict[str, Tensor] = {}
         self.gradients_due = False
         self.gradients: dict[str, Tensor] = {}
@@ -110,6 +117,11 @@ class Distiller(pl.LightningModule):
         """The teachers that run, by role."""
         return {role: frozen.module for role, frozen in self.teachers.items()}  # type: ignore[misc]
 
+    @property
+    def net(self) -> torch.nn.Module:
+        """The plain net that is judged, kept and stored."""
+        return plain(self.student) if self.graft is None else self.graft
+
     def at(self, epoch: float, epochs: int) -> None:
         """Tell the terms where training stands."""
         self.objective.at(epoch, epochs)
@@ -127,8 +139,10 @@ class Distiller(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Keep the logits; metrics are made of the whole split."""
-        self.seen.append((self.student(self._laid(batch["image"])), batch["target"]))
-        self.student_taps.pop()  # else the last batch's features stay alive
+        images = self._laid(batch["image"])
+        logits = self.student(images) if self.graft is None else self.graft(self.student.normalised(images))
+        self.seen.append((logits, batch["target"]))
+        self.student_taps.clear()  # else the last batch's features stay alive
 
     def on_validation_epoch_end(self) -> None:
         """The split's metrics, in `validation`."""

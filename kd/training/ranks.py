@@ -51,6 +51,8 @@ def check(fit: Fit, devices: int, gpu: bool, student: nn.Module, objective: Obje
     if not fit.drop_last:
         raise InputError(f"run.devices={devices} needs fit.drop_last=true: a last batch may not come out even")
     for name, term in objective.active.items():
+        if hasattr(term.loss, "graft"):
+            raise InputError(f"the term {name} ships another net, which is judged on one device; use run.devices=1")
         if any(getattr(part, "COMPARES_SAMPLES", False) for part in term.loss.modules()):
             raise InputError(
                 f"the term {name} compares the samples of a batch, of which each of {devices} devices would see only "

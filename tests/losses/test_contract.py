@@ -31,6 +31,7 @@ from kd.losses.maps import AT, CATKD, CWD, FT, NST, ATNorm, ParaphrasedFT
 from kd.losses.own_exits import BYOT
 from kd.losses.relation import CC, CCRBF, PKT, RKD, SP, Embedded
 from kd.losses.response import DIST, DKD, MLKD, NKD, WSLD
+from kd.losses.reuse import SRRL, SimKD
 from kd.losses.self_taught import PSKD, USKD, LabelSmoothing, TfKDReg, TfKDSelf
 from kd.losses.sequence import (
     ForwardKL,
@@ -42,6 +43,7 @@ from kd.losses.sequence import (
     TotalVariation,
 )
 from kd.losses.softened import TTM, WTTM, LearnedTemperatureKL
+from kd.models import Frozen
 
 Views = dict[str, Tensor]
 Shapes = list[tuple[int, ...]]
@@ -94,11 +96,14 @@ class Case:
     layers: tuple[Shapes, ...] | None = None  # it takes lists: the tensors are these shapes, side by side
     row: bool = False  # it is given each sample's row in a split of 20
     classes: int | None = None  # where the student gives features, and the target is of so many classes
+    part: Callable[[], nn.Module] | None = None  # what it is lent of a teacher
     teachers: int | None = None  # it takes a list of as many teachers' logits: the tensor is these, side by side
 
     def loss(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         torch.manual_seed(0)
         loss = self.make()
+        if self.part is not None:
+            loss.lend(Frozen(self.part(), through=True))  # type: ignore[operator]
         if hasattr(loss, "bind"):
             teachers: Any = self.teachers and [self.student] * self.teachers
             given: tuple[Any, ...] = self.student, teachers or self.teacher, self.feature
@@ -152,6 +157,10 @@ LOSSES = [
     Case("ofa_exits", lambda: OFAExits(power=1.5), **listed(DEEP, [(8, 5)]), target=True, classes=5),
     Case("byot", BYOT, teacher=None, target=True, classes=5, feature=(8, 5), **alone(DEEP)),
     Case("ofa_exits of tokens", OFAExits, (8, 5, 4), (8, 6), target=True, classes=6),
+    Case("srrl", SRRL, **listed([(8, 3)], [(8, 5), (8, 4)]), part=lambda: nn.Linear(5, 4)),
+    Case("srrl of maps", SRRL, **listed([(8, 3, 4, 4)], [(8, 5), (8, 4)]), part=lambda: nn.Conv2d(5, 4, 1)),
+    Case("simkd", SimKD, (8, 3, 4, 4), (8, 5, 2, 2), part=lambda: nn.Linear(5, 4)),
+    Case("simkd of vectors", SimKD, (8, 3), (8, 5), part=lambda: nn.Linear(5, 4)),
     Case("ctkd", lambda: LearnedTemperatureKL(end=1.0), zero_at_identity=True),  # at 1, the gradient of the value
     Case("label_smoothing", LabelSmoothing, teacher=None, target=True),
     Case("tfkd_reg", TfKDReg, teacher=None, target=True),

@@ -76,3 +76,12 @@ def test_it_moves_with_its_owner() -> None:
     found: Tensor = owner.teacher(torch.zeros(1, 1, 8, 8, dtype=torch.float64))
     assert found.dtype is torch.float64
     assert all(p.device.type == "meta" for p in Owner().to("meta").teacher.module.parameters())
+
+
+def test_where_gradients_go_through_they_reach_what_is_given_and_no_weight() -> None:
+    part = Frozen(nn.Linear(3, 2), through=True).train()
+    given = torch.rand(4, 3, requires_grad=True)
+    part(given).sum().backward()
+    assert given.grad is not None and given.grad.abs().sum() > 0 and not part.module.training
+    assert all(p.grad is None for p in part.module.parameters())
+    assert not Frozen(nn.Linear(3, 2))(given).requires_grad

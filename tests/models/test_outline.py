@@ -66,6 +66,26 @@ FAMILIES = [
 ]  # fmt: skip
 
 
+# The maps whose mean the classifier reads; where none is named, it reads no mean.
+UNPOOLED = {
+    "cifar_resnet8": "layer3",
+    "cifar_wrn_16_1": "tail",
+    "cifar_vgg8": "layer4",
+    "cifar_mobilenetv2": "tail",
+    "resnet10t": "layer4",
+    "resnetv2_50": "head.fc:input",
+    "regnetx_002": "s4",
+    "densenet121": "features.norm5",
+    "repvgg_a0": "final_conv",
+    "mixer_s32_224": "norm:maps",
+    "swin_tiny_patch4_window7_224": "norm:maps",
+    "levit_128s": "stages.2:maps",
+    "mvitv2_tiny": "norm:maps",
+    "twins_svt_small": "norm:maps",
+    "hrnet_w18_small": "final_layer",
+}
+
+
 @pytest.mark.parametrize(
     ("name", "channels", "size", "options", "stages", "embedding", "exact"), FAMILIES, ids=[f[0] for f in FAMILIES]
 )
@@ -74,7 +94,8 @@ def test_the_parts_of_a_family_are_found_and_can_be_tapped(name, channels, size,
     found = outline(model, (channels, size, size))
     assert list(found.stages) == stages and found.embedding == embedding
     assert len(found.preactivations) == len(stages)
-    wanted = [*found.stages, *found.preactivations, found.embedding, *([found.classes] if found.classes else [])]
+    wanted = [*found.stages, *found.preactivations, found.embedding, found.unpooled]
+    wanted += [found.classes] if found.classes else []
     values, logits = tapped(model, list(dict.fromkeys(wanted)), channels, size)
     maps = [values[path] for path in found.stages]
     sides = [m.shape[2] for m in maps]
@@ -82,6 +103,9 @@ def test_the_parts_of_a_family_are_found_and_can_be_tapped(name, channels, size,
     assert [values[path].shape for path in found.preactivations] == [m.shape for m in maps]
     head = dict(model.named_modules())[found.classifier]
     assert values[found.embedding].shape == (2, head.weight.shape[1])
+    mean = values[found.unpooled].mean(dim=(2, 3)) if values[found.unpooled].ndim == 4 else values[found.unpooled]
+    torch.testing.assert_close(mean, values[found.embedding], atol=1e-4, rtol=1e-3)
+    assert found.unpooled == UNPOOLED.get(name, found.embedding)
     if exact is None:
         assert found.classes is None
     else:

@@ -287,3 +287,16 @@ def test_a_copied_net_goes_through_its_own_layers() -> None:
         model(torch.rand(2, 3, 8, 8))
     assert copied.pop()["layer3:through:head"].abs().max() <= twin.head.bias.abs().max() + 1e-6
     assert taps.pop()["layer3:through:head"].std() > 0
+
+
+def test_what_is_held_can_be_let_go_of_whether_or_not_all_ran() -> None:
+    net = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
+    taps = Taps(net, ["0", "1"])
+    net[0](torch.zeros(4, 2))
+    taps.clear()
+    net(torch.zeros(4, 2))
+    assert set(taps.pop()) == {"0", "1"}
+    net(torch.zeros(4, 2))
+    taps.clear()
+    with pytest.raises(InputError, match="was not run"):
+        taps.pop()
