@@ -114,13 +114,14 @@ def test_the_layers_of_a_network_are_listed_by_the_path_a_term_reads():
 def test_the_layers_that_are_parts_say_which():
     parts = {row["path"]: row["part"] for row in listing("layers", "resnet18") if row["part"]}
     assert parts == {
-        **{f"layer{n}": f"stage{n}" for n in (1, 2, 3, 4)},
+        **{f"layer{n}": f"stage{n}" for n in (1, 2, 3)},
+        "layer4": "stage4, unpooled",
         **{f"layer{n}.1.act2": f"preactivation{n} (input)" for n in (1, 2, 3, 4)},
         "fc": "classifier, embedding (input)",
     }
     tokens = {row["path"]: row["part"] for row in listing("layers", "vit_tiny_patch16_224") if row["part"]}
     assert tokens == {f"blocks.{3 * n - 1}": f"stage{n}" for n in (1, 2, 3, 4)} | {
-        "head": "classifier, embedding (input)"
+        "head": "classifier, embedding (input), unpooled (input)"
     }
 
 

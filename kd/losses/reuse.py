@@ -94,18 +94,17 @@ class SRRL(nn.Module):
             raise InputError(
                 "srrl is used before it knows its shapes; call lend(classifier) and bind(student, teacher)"
             )
-        if len(teacher) != 2:
-            raise InputError(
-                f"srrl is given {len(teacher)} views of the teacher; its features and its logits were meant"
-            )
+        views = layers.listed(teacher)
+        if len(views) != 2:
+            raise InputError(f"srrl is given {len(views)} views of the teacher; its features and its logits were meant")
         maps = _positions(student)
         width = self.projection[0].in_channels
-        if maps.ndim != 4 or maps.shape[1] != width or not maps.numel():
+        if not checks.floats(maps) or maps.ndim != 4 or maps.shape[1] != width or not maps.numel():
             raise InputError(
-                f"the student's features are of shape {tuple(student.shape)}; srrl was bound to width {width}"
+                f"the student's features are {checks.spelt(student)}; srrl was bound to width {width}, of floats"
             )
-        projected = checks.widened(self.projection(maps)).mean(dim=(2, 3)).to(maps.dtype)
-        return srrl(projected, teacher[0], read(self.classifier, projected), teacher[1])
+        projected = checks.widened(layers.through(self.projection, maps)).mean(dim=(2, 3)).to(maps.dtype)
+        return srrl(projected, views[0], read(self.classifier, projected), views[1])
 
 
 class SimKD(nn.Module):
@@ -188,7 +187,7 @@ class SimKD(nn.Module):
                 f"the student's maps have {student.shape[1]} channels; simkd was bound to "
                 f"{self.projector[0].in_channels}"
             )
-        return hint(self.projector(student), teacher)
+        return hint(layers.through(self.projector, student), teacher)
 
     def graft(self) -> nn.Sequential:
         """What is shipped behind the student's layer: the projector, the mean over positions, the teacher's classifier.
@@ -232,8 +231,8 @@ def read(classifier: nn.Module, vectors: Tensor) -> Tensor:
 
 
 def _positions(features: Tensor) -> Tensor:
-    """Vectors (N, D) as maps of one position; maps as they are."""
-    return features[:, :, None, None] if features.ndim == 2 else features
+    """Vectors (N, D) as maps of one position; maps, and what is neither, as they are."""
+    return features[:, :, None, None] if isinstance(features, Tensor) and features.ndim == 2 else features
 
 
 def _inside(part: nn.Module) -> nn.Module:
