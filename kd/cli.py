@@ -376,12 +376,44 @@ def export_(
         sys.stdout.write(f"python {Path(found['folder']) / 'run.py'} IMAGE\n")
 
 
+Chosen = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[SWEEP|HASH]…", help="A sweep, runs, or experiments=NAME; without it the last sweep."),
+]
+
+
+@app.command("pick")
+def pick_(
+    what: Chosen = None,
+    max_bytes: Annotated[str | None, typer.Option(help="200k, 1.5M, or 0.1x of the teacher's.")] = None,
+    max_macs: Annotated[str | None, typer.Option(help="Multiply-accumulates of a sample: 40M, or 0.1x.")] = None,
+    max_ms: Annotated[str | None, typer.Option(help="Milliseconds at batch 1: 0.5, or 0.1x.")] = None,
+    max_drop: Annotated[str | None, typer.Option(help="Points of accuracy beside the teacher.")] = None,
+    store: StoreDir = ".kd",
+    as_json: Json = False,
+) -> None:
+    """Name the most accurate stored model within a budget: of teacher, student, each step of a compression, files.
+
+    Exit 0: one fits; 2: none does, and the line says which is closest.
+
+    Example: kd pick --max-bytes 200k --max-drop 0.5
+    """
+    from kd.picking import as_data, lines, pick, table
+
+    asked = {"--max-bytes": max_bytes, "--max-macs": max_macs, "--max-ms": max_ms, "--max-drop": max_drop}
+    weighed, limits = pick(what or [], asked, store)
+    if as_json:
+        _json(as_data(weighed, limits))
+    else:
+        console = _console()
+        console.print(table(weighed, console.width))
+        for line in lines(weighed):
+            sys.stdout.write(f"{line}\n")
+
+
 @app.command("report")
 def report(
-    what: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[SWEEP|HASH]…", help="A sweep, runs, or experiments=NAME; without it the last sweep."),
-    ] = None,
+    what: Chosen = None,
     out: Annotated[Path | None, typer.Option(help="Where to write the page.")] = None,
     markdown: Annotated[
         Path | None, typer.Option("--md", help="A markdown file whose marked table is written anew.")

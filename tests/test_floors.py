@@ -25,7 +25,7 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("pipeline", "report"),
     ("config",),
     ("launch", "listing", "reporting", "spaces", "views"),
-    ("benching", "doctoring", "exporting", "tuning"),
+    ("benching", "doctoring", "exporting", "picking", "tuning"),
     ("cli",),
     ("__main__",),
 )

@@ -27,7 +27,9 @@ CHOICE = "val/accuracy"  # what "best" is chosen by: choosing by the test split 
 COST: tuple[str, ...] = ("parameters", "nonzero", "macs", "bytes", "gzip_bytes", "activation_bytes")
 COST += ("latency_ms_batch1", "latency_ms_batch64")
 # Columns that a second run of the same setting may measure differently; metrics are known by their slash.
-MEASURED = ("gain", "latency_ms_batch1", "latency_ms_batch64", "wall_s")
+MEASURED = ("gain", "drop", "latency_ms_batch1", "latency_ms_batch64", "wall_s")
+# Sizes too, where what is left of a network depends on the seed; they are the same over seeds of most others.
+SIZES = ("compression", *(name for name in COST if name not in MEASURED))
 # What a row is compared with, measured on another run: one teacher for all seeds has no spread.
 REFERENCES = ("teacher/accuracy", "alone/accuracy")
 # What the stages of a compression leave, each a row of its own.
@@ -38,6 +40,7 @@ ENSEMBLE = "ensemble"
 ROLES = (TEACHER, ASSISTANT, ALONE, DISTILLED, ENSEMBLE, *STEPS.values())
 # Settings with a column of their own.
 _NAMED = ("model", "data", "teacher", "loss", "epochs", "samples")
+_ELSEWHERE = ("data", "seed", "objective")  # of a step's config, what stands in columns that all rows have
 _OWN = {"config.seed", "config.fit.epochs", "config.fit.samples", "config.model.name", "config.data.name"}
 
 
@@ -96,7 +99,8 @@ def related(cards: Iterable[Card], lookup: Mapping[str, Card]) -> list[Card]:
 def over_seeds(rows: Iterable[Row]) -> list[Row]:
     """Rows that are equal in everything but the seed, joined: measured columns become a `Spread`.
 
-    Other columns keep their value where it is the same, and become a tuple of the distinct values where it is not.
+    So do sizes where they differ; other columns keep their value where it is the same, and become a tuple of the
+    distinct values where it is not.
 
     >>> [group] = over_seeds([{"group": "a", "seed": 0, "test/accuracy": 0.5}, {"group": "a", "seed": 1}])
     >>> group["seed"], group["n"], group["test/accuracy"]
@@ -205,6 +209,19 @@ def _origin(card: Card, known: Mapping[str, Card]) -> Card:
     return card
 
 
+def _steps(card: Card, known: Mapping[str, Card]) -> Row:
+    """What a step of a compression and those before it were told, under their names, as they are set: prune.amount."""
+    found: Row = {}
+    own = {f"config.{card['stage']}.fit.{name}" for name in ("epochs", "samples")}  # columns by themselves
+    while (source := _inputs(card).get("model")) is not None:
+        config = {name: value for name, value in card["document"]["config"].items() if name not in _ELSEWHERE}
+        found |= dict(_leaves(config, f"config.{card['stage']}"))
+        if source not in known:
+            break
+        card = known[source]
+    return {name: value for name, value in found.items() if name not in own}
+
+
 def _student(card: Card) -> str:
     """What a student alone and a distilled one must share to be compared: model, data and schedule."""
     config = card["document"]["config"]
@@ -281,7 +298,9 @@ def _row(card: Card, known: Mapping[str, Card], taught_by: set[str], alone: Mapp
     row |= {"group": _group(card, known), "dials": tuple(dials)}
     # A student's config is named as a teacher's is, so that both stand in one column.
     leaves = {("model" if name == "student" else name): value for name, value in config.items()}
-    return row | dict(_leaves(leaves, "config"))
+    if source is not None:  # the rest stands under the step's name
+        leaves = {name: value for name, value in leaves.items() if name in _ELSEWHERE}
+    return row | dict(_leaves(leaves, "config")) | _steps(card, known)
 
 
 def _loss(terms: Mapping[str, Any]) -> str | None:
@@ -326,7 +345,7 @@ def _join(members: list[Row]) -> Row:
         distinct = [] if is_measured(column) and column not in REFERENCES else _distinct(values)
         if len(distinct) == 1:
             group[column] = distinct[0]
-        elif is_measured(column):
+        elif is_measured(column) or column in SIZES:
             group[column] = Spread.of(values) if values else None
         else:
             group[column] = tuple(distinct) or None

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 METRICS = ("test/accuracy", "test/precision", "test/recall", "test/f1")
 # Shown as a column even where every row holds the same value: they are what the table is read for.
-KEPT = (*METRICS, "published", "verdict", "gain", "marks", "hash")
+KEPT = (*METRICS, "published", "verdict", "gain", "drop", "marks", "hash", "why")
 TITLES = {
     "test/accuracy": "accuracy %",
     "test/accuracy_top5": "top-5 %",
@@ -30,6 +30,8 @@ TITLES = {
     "before/accuracy": "before %",
     "alone/accuracy": "alone %",
     "gain": "gain (points)",
+    "drop": "lost (points)",
+    "why": "",
     "published": "published %",
     "compression": "smaller",
     "macs": "MACs",
@@ -74,7 +76,10 @@ def cell(column: str, value: Any) -> str:
         return "-"
     if isinstance(value, Spread):
         mean = cell(column, value.mean)
-        return mean if value.sd is None else f"{mean} ± {cell(column, value.sd).lstrip('+')}"
+        if value.sd is None:
+            return mean
+        places = len(mean.partition(".")[2])  # of a time, whose digits are counted: no more than the mean has
+        return f"{mean} ± {f'{value.sd:.{places}f}' if _is_time(column) else cell(column, value.sd).lstrip('+')}"
     if isinstance(value, tuple) and column == "hash":
         return f"{value[0]} +{len(value) - 1}"
     if isinstance(value, (list, tuple)):
@@ -86,15 +91,19 @@ def cell(column: str, value: Any) -> str:
 def _figure(column: str, amount: float) -> str:
     if column == "gain":
         return f"{100 * amount:+.2f}"
-    if _is_share(column) or column == "published":
+    if _is_share(column) or column in ("published", "drop"):
         return f"{100 * amount:.2f}"
     if column == "compression":
         return f"{amount:.1f}x"
     if column in _COUNTS:
         return f"{amount:,.0f}"
-    if column.startswith("latency") or column == "wall_s":
+    if _is_time(column):
         return f"{amount:.3g}" if amount < 1000 else f"{amount:,.0f}"
     return f"{amount:.4f}" if "/" in column else f"{amount:.6g}"
+
+
+def _is_time(column: str) -> bool:
+    return column.startswith("latency") or column == "wall_s"
 
 
 def _is_share(column: str) -> bool:
@@ -117,6 +126,7 @@ def layout(rows: Sequence[Row], metrics: Sequence[str] = METRICS) -> tuple[list[
         "published",
         "verdict",
         "gain",
+        "drop",
         "teacher/accuracy",
         "before/accuracy",
         "marks",
@@ -125,7 +135,16 @@ def layout(rows: Sequence[Row], metrics: Sequence[str] = METRICS) -> tuple[list[
         "nonzero",
         "compression",
     ]
-    order += ["macs", "bytes", "gzip_bytes", "activation_bytes", "latency_ms_batch1", "latency_ms_batch64", "hash"]
+    order += [
+        "macs",
+        "bytes",
+        "gzip_bytes",
+        "activation_bytes",
+        "latency_ms_batch1",
+        "latency_ms_batch64",
+        "hash",
+        "why",
+    ]
     columns: list[str] = []
     constants: dict[str, Any] = {}
     for column in dict.fromkeys(order):
@@ -160,11 +179,13 @@ def constants_line(constants: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def terminal(rows: Sequence[Row], metrics: Sequence[str] = METRICS, width: int | None = None) -> Group:
+def terminal(
+    rows: Sequence[Row], metrics: Sequence[str] = METRICS, width: int | None = None, keep: Sequence[str] = ()
+) -> Group:
     """The rows for `rich.print`: one line of what is the same, then the table.
 
     Where the table is wider than ``width`` (the terminal), a few rows are laid on their side, so that nothing is lost;
-    of many rows the least asked-for columns are left out, and named.
+    of many rows the least asked-for columns are left out, and named, but for those to ``keep``.
     """
     from rich.console import Console, Group
     from rich.table import Table
@@ -180,7 +201,8 @@ def terminal(rows: Sequence[Row], metrics: Sequence[str] = METRICS, width: int |
     side = columns and len(cells) <= len(columns) and _width(cells) > room >= _width(turned)
     left_out = []
     told = len({(row.get("role"), row.get("model")) for row in rows}) == len({row.get("role") for row in rows})
-    spares = (*_SPARE, "model") if told else _SPARE  # the role tells the model where each role has but one
+    # The role tells the model where each role has but one.
+    spares = [name for name in (*_SPARE, *(("model",) if told else ())) if name not in keep]
     while not side and _width(cells) > room and (spare := next((c for c in spares if c in columns), None)):
         at = columns.index(spare)
         left_out.append(title(columns.pop(at)))

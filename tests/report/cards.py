@@ -82,6 +82,44 @@ def card(
     return made
 
 
+def step(
+    stage: str, source: dict[str, Any], accuracy: float, name: str, *, seed: int = 0, amount: float = 0.5, **inputs: str
+) -> dict[str, Any]:
+    """A card of a compression's stage, made from another card."""
+    made = card("Train", STUDENT, accuracy, inputs={"model": source["key"], **inputs})
+    document = {**made["document"], "stage": f"kd.stages.{stage}"}
+    document["config"] = {"seed": seed, "data": {"name": "mnist"}, "amount": amount}
+    return {**made, "stage": name, "document": document, "key": digest(document), "dials": {"seed": seed}}
+
+
+def compression(seeds: Sequence[int] = (0, 1, 2), amounts: Sequence[float] = (0.3, 0.7)) -> list[dict[str, Any]]:
+    """A family of one student a seed, each pruned by some amounts, recovered and written as a file of integers.
+
+    Accuracies: teacher .991; pruned .95 - .5 * amount, recovered .98 - .02 * amount, the file .001 less; each .002 less
+    from seed to seed, in turns. Bytes: 25,600 of the student; a share of them, and 100 more a seed; a quarter.
+    """
+    teacher, labels, *others = family((4,), (0.9,), seeds)
+    made = [teacher, labels, *others]
+    for at, student in enumerate(others[-len(seeds) :]):
+        seed = student["document"]["config"]["seed"]
+        off = 0.002 * ((at + 1) % 3)
+        for amount in amounts:
+            size = int(25600 * (1 - amount)) + 100 * at
+            pruned = step("Prune", student, 0.95 - 0.5 * amount - off, "prune", seed=seed, amount=amount)
+            recovered = step(
+                "FineTune", pruned, 0.98 - 0.02 * amount - off, "prune_recover", seed=seed, teacher=teacher["key"]
+            )
+            file = step("Export", recovered, 0.979 - 0.02 * amount - off, "export", seed=seed, teacher=teacher["key"])
+            for one, part in ((pruned, 1), (recovered, 1), (file, 4)):
+                one["cost"] = {**one["cost"], "bytes": size // part, "macs": int(310000 * (1 - amount))}
+                one["cost"]["parameters"] = size // 4
+            file["export"] = {"format": "onnx", "teacher_bytes": 400000}
+            file["latency"] = {"batch1": {"runtime": {"median": 0.1}, "teacher_runtime": {"median": 0.5}}}
+            file["cost"]["latency_ms_batch1"] = 0.1
+            made += [pruned, recovered, file]
+    return made
+
+
 def _pull(epoch: int, alpha: float) -> dict[str, Any]:
     """Mean gradients of an epoch; the teacher's share grows with alpha."""
     norms = {"ce": (1 - alpha) * 0.5**epoch, "kd": alpha * 0.5**epoch}

@@ -19,7 +19,7 @@ from kd.report.rows import (
 )
 from kd.report.tables import layout
 from kd.store import digest
-from tests.report.cards import STUDENT, card, family, lookup
+from tests.report.cards import STUDENT, card, family, lookup, step
 from tests.report.cards import TEACHER as TEACHER_MODEL
 
 
@@ -72,14 +72,6 @@ def test_a_model_without_a_teacher_has_no_teacher_dials():
     assert "temperature" not in row and "alpha" not in row and row["seed"] == 0
 
 
-def step(stage, source, accuracy, name, **more):
-    """A card of a compression's stage, made from another card."""
-    made = card("Train", STUDENT, accuracy, inputs={"model": source["key"], **more})
-    document = {**made["document"], "stage": f"kd.stages.{stage}"}
-    document["config"] = {"seed": 0, "data": {"name": "mnist"}, "amount": 0.5}
-    return {**made, "stage": name, "document": document, "key": digest(document)}
-
-
 def test_steps_of_a_compression_have_rows_with_the_accuracy_before_and_after():
     *others, student = family((1,), (0.5,), (0,))
     pruned = step("Prune", student, 0.4, "prune")
@@ -105,13 +97,26 @@ def test_a_compression_reads_from_its_start_to_its_end():
     assert [row["role"] for row in rows] == [TEACHER, DISTILLED, "pruned", "recovered"]
 
 
-def test_what_a_step_is_set_to_is_a_column_where_it_varies():
+def test_what_a_step_is_set_to_is_a_column_where_it_varies_of_all_that_come_after_it():
     *_, student = family((1,), (0.5,), (0,))
     made = [step("Prune", student, 0.4, "prune") for _ in range(2)]
     made[1]["document"]["config"] = {**made[1]["document"]["config"], "amount": 0.7}
     made[1]["key"] = digest(made[1]["document"])
     columns, _ = layout(collect(made, lookup([student])))
-    assert "config.amount" in columns
+    assert "config.prune.amount" in columns and "config.amount" not in columns
+    later = [step("FineTune", one, 0.9, "prune_recover") for one in made]
+    rows = collect(later, lookup([student, *made]))
+    assert "config.prune.amount" in varying_settings(rows)
+    assert [row["config.prune.amount"] for row in rows] == [0.5, 0.7]
+
+
+def test_sizes_that_the_seed_decides_have_a_mean_and_others_a_value():
+    *_, student = family((1,), (0.5,), (0,))
+    made = [step("Prune", student, 0.9, "prune") for _ in range(2)]
+    made[1]["document"]["config"] = {**made[1]["document"]["config"], "seed": 1}
+    made[1] |= {"key": digest(made[1]["document"]), "cost": {**made[0]["cost"], "bytes": 25000}}
+    [group] = over_seeds(collect(made, lookup([student])))
+    assert (group["bytes"].mean, group["bytes"].n) == (25300, 2) and group["parameters"] == 6058
 
 
 def test_the_gain_pairs_seeds_and_falls_back_on_the_mean():
