@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from kd.errors import InputError
 from kd.losses import checks, layers
+from kd.losses.checks import BadValue
 from kd.losses.layers import Shapes
 
 
@@ -46,7 +47,7 @@ def fsp(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     return layers.summed(total)
 
 
-def kdsvd(student: Sequence[Tensor], teacher: Sequence[Tensor], rank: int = 1) -> Tensor:
+def kdsvd(student: Sequence[Tensor], teacher: Sequence[Tensor], rank: int = 1, signs: str = "fixed") -> Tensor:
     """Squared difference of RBF similarities of consecutive layers' singular vectors: summed, mean over samples.
 
     Of each sample's maps as (positions, channels) the first `rank` right singular vectors are taken, each times the
@@ -62,9 +63,11 @@ def kdsvd(student: Sequence[Tensor], teacher: Sequence[Tensor], rank: int = 1) -
         student: maps (N, C, H, W), two layers or more.
         teacher: maps of the same widths.
         rank: vectors to take; 1 or more.
+        signs: of the teacher's vectors: `fixed`, or `library` as the singular value decomposition happens to leave
+            them, which is the published code, and may be another value under another library.
 
     Raises:
-        BadValue: if the rank is no whole number of 1 or more.
+        BadValue: if the rank is no whole number of 1 or more, or the signs are none of these.
         InputError: if there are fewer than two layers, one gives no maps, or samples or widths differ.
 
     >>> maps = [torch.rand(2, 3, 4, 4), torch.rand(2, 3, 4, 4)]
@@ -72,7 +75,8 @@ def kdsvd(student: Sequence[Tensor], teacher: Sequence[Tensor], rank: int = 1) -
     tensor(0.)
     """
     checks.whole("rank", rank)
-    aligned = [_aligned(s, t, rank) for s, t in _checked(student, teacher)]
+    _known(signs)
+    aligned = [_aligned(s, t, rank, signs) for s, t in _checked(student, teacher)]
     total = []
     for (s, t), (s_next, t_next) in pairwise(aligned):
         total.append((_likeness(s, s_next) - _likeness(t, t_next)).square().sum())
@@ -116,11 +120,11 @@ class KDSVD(nn.Module):
 
     COMPARES_SAMPLES = True
 
-    extra_repr = checks.shown("rank")
+    extra_repr = checks.shown("rank", "signs")
 
-    def __init__(self, rank: int = 1) -> None:
+    def __init__(self, rank: int = 1, signs: str = "fixed") -> None:
         super().__init__()
-        self.rank = checks.whole("rank", rank)
+        self.rank, self.signs = checks.whole("rank", rank), _known(signs)
         self.connectors = layers.Connectors("kdsvd", layers.between)
 
     def bind(self, student_shape: Shapes, teacher_shape: Shapes) -> None:
@@ -131,7 +135,7 @@ class KDSVD(nn.Module):
     def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
         """The scalar for lists of maps as bound, any batch size."""
         found = self.connectors(student, teacher)
-        return kdsvd([s for s, _ in found], [t for _, t in found], self.rank)
+        return kdsvd([s for s, _ in found], [t for _, t in found], self.rank, self.signs)
 
 
 class _Directions(torch.autograd.Function):
@@ -182,7 +186,13 @@ def _flow(bottom: Tensor, top: Tensor) -> Tensor:
     return flow / bottom[0, 0].numel()
 
 
-def _aligned(student: Tensor, teacher: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def _known(signs: str) -> str:
+    if signs not in ("fixed", "library"):
+        raise BadValue(f"signs is {signs!r}; fixed or library was meant")
+    return signs
+
+
+def _aligned(student: Tensor, teacher: Tensor, rank: int, signs: str) -> tuple[Tensor, Tensor]:
     """(N, C, k) of both: the teacher's vectors, and of the student's those that lie closest, signed alike."""
     ours, theirs = (m.flatten(2).mT.double() for m in (student, teacher))
     channels = theirs.shape[2]
@@ -191,13 +201,17 @@ def _aligned(student: Tensor, teacher: Tensor, rank: int) -> tuple[Tensor, Tenso
         values, vectors = torch.linalg.eigh(theirs.mT @ theirs)
         values, goal = values.flip(1)[:, :rank].clamp(min=0).sqrt(), vectors.flip(2)[:, :, :rank]
         # Either sign solves it, and which one comes is the library's choice.
-        goal = goal * torch.where(goal.sum(dim=1, keepdim=True) < 0, -1.0, 1.0)
+        seen = goal
+        if signs == "library":
+            plain = torch.linalg.svd(teacher.flatten(2).mT, full_matrices=False).Vh[:, :rank].mT.to(goal.dtype)
+            seen = F.pad(plain, (0, goal.shape[2] - plain.shape[2])) * goal
+        goal = goal * torch.where(seen.sum(dim=1, keepdim=True) < 0, -1.0, 1.0)
         found, there = _Directions.apply(ours, min(rank + 3, channels))
         # Maps of fewer dimensions than channels leave vectors over that mean nothing.
         cosines = (found.mT @ goal).detach() * there[:, :, None]
         nearest = cosines.abs().argmax(dim=1, keepdim=True)
-        signs = cosines.gather(1, nearest).sign()
-        chosen = found.gather(2, nearest.expand(-1, channels, -1)) * signs
+        turns = cosines.gather(1, nearest).sign()
+        chosen = found.gather(2, nearest.expand(-1, channels, -1)) * turns
     scale = F.normalize(values, dim=1)[:, None]
     return (chosen * scale).to(student.dtype), (goal * scale).to(teacher.dtype)
 

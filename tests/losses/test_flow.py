@@ -83,3 +83,12 @@ def test_a_rank_that_is_none_is_refused() -> None:
         KDSVD(rank=0)
     with pytest.raises(BadValue, match="rank is 0"):
         kdsvd(S, T, rank=0)
+
+
+def test_signs_of_the_library_are_those_of_its_own_decomposition() -> None:
+    first = [torch.linalg.svd(maps.flatten(2).mT, full_matrices=False).Vh[:, 0].sum(1) for maps in T[:2]]
+    turned = frozenset((layer, i) for layer, sums in enumerate(first) for i, total in enumerate(sums) if total < 0)
+    assert turned  # or both kinds are one
+    assert kdsvd(S[:2], T[:2], signs="library").item() == pytest.approx(svd_flow(S[:2], T[:2], turned).sum(), rel=1e-4)
+    with pytest.raises(BadValue, match="signs is 'any'; fixed or library was meant"):
+        KDSVD(signs="any")
