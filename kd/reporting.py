@@ -14,6 +14,7 @@ from typing import Any
 
 from kd.errors import InputError, KDError, nearest
 from kd.pipeline import jobs as children
+from kd.report.costs import accuracy_by_cost, panels
 from kd.report.figures import heatmap
 from kd.report.markdown import update_markdown
 from kd.report.page import write_page
@@ -134,6 +135,8 @@ def _log_sweep(sweep: str, run: Run, chosen_mode: str, tell: Any) -> bool:
     with contextlib.suppress(InputError):  # something else varies too: one cell would hide another, the table says all
         if distilled:
             figures["temperature x alpha"] = heatmap(distilled)
+    if any("step" in group for group in groups) and (costs := panels(groups)):
+        figures["accuracy by cost"] = accuracy_by_cost(groups, costs)
     return log_sweep(
         record,
         columns=columns,

@@ -14,6 +14,7 @@ from kd.reporting import chosen, dashboard, log_sweep, offline_hint, report
 from kd.store import Store, short, write_json
 from kd.training.settings import Run
 from tests.pipeline.small import planned
+from tests.report.cards import compression
 from tests.shelf import shelve, small_family
 
 SWEEPS = ("aaaa000000000000", "aaaa111111111111")
@@ -168,6 +169,23 @@ def test_a_sweep_goes_to_wandb_with_its_table_and_heatmap(store, monkeypatch):
     logged.clear()
     assert log_sweep(SWEEPS[0], Run(store=str(store.root), wandb="disabled")) is None and not logged
     assert log_sweep(SWEEPS[0], Run(store=str(store.root), wandb="online")) is None and logged["mode"] == "online"
+
+
+def test_a_sweep_of_compressions_takes_accuracy_by_cost_to_wandb(tmp_path, monkeypatch):
+    made = shelve(tmp_path, compression(seeds=(0,)))
+    keys = [a.key for a in made if a.card["stage"] == "export"]
+    jobs = [{"overrides": [], "key": key, "status": "done", "error": None} for key in keys]
+    write_json(
+        tmp_path / "sweeps" / f"{SWEEPS[0]}.json",
+        {"schema": 1, "id": SWEEPS[0], "started": "2026", "overrides": [], "jobs": jobs},
+    )
+    logged = {}
+    monkeypatch.setattr("kd.training.tracking.log_sweep", lambda record, **more: logged.update(more) or 1)
+    monkeypatch.setattr(
+        reporting.children, "call", lambda f, *arguments, **_: {"status": "done", "value": f(*arguments, None)}
+    )
+    log_sweep(SWEEPS[0], Run(store=str(tmp_path), wandb="offline"))
+    assert set(logged["figures"]) == {"temperature x alpha", "accuracy by cost"}
 
 
 def test_offline_runs_are_pointed_at_and_others_are_not(tmp_path):

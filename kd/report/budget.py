@@ -117,7 +117,7 @@ def weigh(rows: Sequence[Row], known: Mapping[str, Card], limits: Sequence[Limit
     seeds: dict[tuple[str, Any], list[Row]] = {}
     for row in rows:
         seeds.setdefault((row["group"], row["role"]), []).append(_beside(row, teachers.get(row["key"]), by))
-    groups = [_judged(members, known, teachers, limits, by) for members in seeds.values()]
+    groups = [_judged(members, teachers, limits, by) for members in seeds.values()]
     groups.sort(key=lambda group: (-_mean(group, by), _mean(group, "bytes")))
     return Weighed(by, [g for g in groups if g["miss"] == 0], [g for g in groups if g["miss"] > 0])
 
@@ -172,16 +172,14 @@ def _beside(row: Row, teacher: Row | None, by: str) -> Row:
     return {**row, "drop": drop}
 
 
-def _judged(
-    members: Sequence[Row], known: Mapping[str, Card], teachers: Mapping[str, Row], limits: Sequence[Limit], by: str
-) -> Row:
+def _judged(members: Sequence[Row], teachers: Mapping[str, Row], limits: Sequence[Limit], by: str) -> Row:
     [group] = over_seeds(members)
     ordered = sorted(members, key=lambda row: row[by])
     shipped = ordered[(len(ordered) - 1) // 2]  # of an even number, the lower of the two in the middle
     reasons, miss = [], 0.0
     for one in limits:
         value = number(group.get(one.column))
-        most = _most(one, members, known, teachers)
+        most = _most(one, members, teachers)
         if value is None or most is None:
             of = f"its teacher's {_NOUNS[one.column]} are" if value is not None else f"its {_NOUNS[one.column]} are"
             reasons.append(f"{'no teacher to compare with' if one.column == 'drop' else f'{of} not known'}")
@@ -198,25 +196,20 @@ def _judged(
     return {**group, "hash": shipped["hash"], "key": shipped["key"], "miss": miss, "why": "; ".join(reasons) or None}
 
 
-def _most(one: Limit, members: Sequence[Row], known: Mapping[str, Card], teachers: Mapping[str, Row]) -> float | None:
+def _most(one: Limit, members: Sequence[Row], teachers: Mapping[str, Row]) -> float | None:
     """A limit as an amount; of a share, the mean over the teachers of the seeds."""
     if not one.share:
         return one.amount
-    amounts = [_theirs(one.column, known.get(row["key"], {}), teachers.get(row["key"])) for row in members]
+    amounts = [_theirs(one.column, row, teachers.get(row["key"])) for row in members]
     if any(amount is None for amount in amounts):
         return None
     return one.amount * sum(amount or 0.0 for amount in amounts) / len(amounts)
 
 
-def _theirs(column: str, card: Card, teacher: Row | None) -> float | None:
+def _theirs(column: str, row: Row, teacher: Row | None) -> float | None:
     """What the teacher has of something: a file is compared with what the same exporter made of the teacher."""
-    if column == "bytes" and (same := (card.get("export") or {}).get("teacher_bytes")):
-        return float(same)
-    if column.startswith("latency"):
-        timed = ((card.get("latency") or {}).get(column.removeprefix("latency_ms_")) or {}).get("teacher_runtime")
-        if timed:
-            return float(timed["median"])
-    return number(teacher.get(column)) if teacher else None
+    same = number(row.get(f"teacher/{column}"))
+    return same if same is not None else number(teacher.get(column)) if teacher else None
 
 
 def _amount(column: str, value: float) -> str:

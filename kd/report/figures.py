@@ -17,6 +17,7 @@ from kd.report.rows import (
     ASSISTANT,
     CHOICE,
     DISTILLED,
+    STEPS,
     TEACHER,
     Card,
     Row,
@@ -34,7 +35,9 @@ if TYPE_CHECKING:
 
 # Okabe-Ito: told apart by colour-blind readers too; the marker's shape says the same again.
 COLOURS = {TEACHER: "#d55e00", ASSISTANT: "#8057a8", ALONE: "#8a8f98", DISTILLED: "#1f83c4"}
+COLOURS |= dict(zip(STEPS.values(), ("#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#6675d6"), strict=True))
 SYMBOLS = {TEACHER: "square", ASSISTANT: "diamond", ALONE: "circle-open", DISTILLED: "circle"}
+SYMBOLS |= dict(zip(STEPS.values(), ("triangle-down", "triangle-up", "pentagon", "hexagon", "star"), strict=True))
 CYCLE = ("#1f83c4", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8a8f98", "#a6761d")
 SEQUENTIAL = [[0.0, "#e8f1f8"], [0.5, "#7fb2d9"], [1.0, "#08519c"]]
 DIVERGING = [[0.0, "#b2500a"], [0.5, "#f4f4f2"], [1.0, "#08519c"]]
@@ -73,19 +76,19 @@ def heatmap(
         cells[place] = group
     xs, ys = (_axis([*(g[name] for g in members), *(axes or {}).get(name, ())]) for name in (x, y))
     grid = [[cells.get((same(xv), same(yv))) for xv in xs] for yv in ys]
-    values = [[_percent(column, group) for group in line] for line in grid]
+    values = [[percent(column, group) for group in line] for line in grid]
     if column == "gain":  # no gain is the middle of the scale
         furthest = max((abs(v) for line in values for v in line if v is not None), default=0.0) or 1.0
         limits = (-furthest, furthest)
     figure = go.Figure(
         go.Heatmap(
-            x=[_safe(cell(x, value)) for value in xs],
-            y=[_safe(cell(y, value)) for value in ys],
+            x=[safe(cell(x, value)) for value in xs],
+            y=[safe(cell(y, value)) for value in ys],
             z=values,
             text=[[_cell_text(column, group) for group in line] for line in grid],
             texttemplate="%{text}",
             customdata=[[_cell_hover(column, group) for group in line] for line in grid],
-            hovertemplate=f"{_safe(title(x))} %{{x}}, {_safe(title(y))} %{{y}}<br>%{{customdata}}<extra></extra>",
+            hovertemplate=f"{safe(title(x))} %{{x}}, {safe(title(y))} %{{y}}<br>%{{customdata}}<extra></extra>",
             hoverongaps=False,
             colorscale=DIVERGING if column == "gain" else SEQUENTIAL,
             showscale=False,  # each cell says its number
@@ -95,42 +98,9 @@ def heatmap(
             ygap=2,
         )
     )
-    _style(figure, title(x), title(y), height=110 + 58 * max(len(ys), 1))
+    styled(figure, title(x), title(y), height=110 + 58 * max(len(ys), 1))
     figure.update_xaxes(type="category", showgrid=False)
     figure.update_yaxes(type="category", showgrid=False)
-    return figure
-
-
-def size_accuracy(groups: Sequence[Row], size: str = "parameters", column: str = ACCURACY) -> Figure:
-    """Size (log) against accuracy: teacher, student alone, student distilled; bars are the sd over seeds."""
-    from plotly import graph_objects as go
-
-    settings = varying_settings(groups)
-    figure = go.Figure()
-    for role in _roles(groups):
-        members = [g for g in groups if g["role"] == role and number(g.get(size)) and number(g.get(column)) is not None]
-        if members:
-            figure.add_scatter(
-                name=_safe(role),
-                x=[number(g[size]) for g in members],
-                y=[_percent(column, g) for g in members],
-                error_y=_errors(column, members),
-                customdata=[
-                    f"{_safe(label(g, settings))}<br>{cell(column, g[column])}, {cell(size, g[size])} {size}"
-                    for g in members
-                ],
-                hovertemplate="%{customdata}<extra></extra>",
-                mode="markers",
-                marker={
-                    "color": COLOURS.get(role, CYCLE[2]),
-                    "symbol": SYMBOLS.get(role, "diamond"),
-                    "size": 10,
-                    "opacity": 0.85,
-                    "line": {"width": 1.5, "color": COLOURS.get(role, CYCLE[2])},
-                },
-            )
-    _style(figure, f"{title(size)} (log)", title(column), height=400)
-    figure.update_xaxes(type="log", tickformat=".3~s", minor={"ticks": "outside"}, dtick="D2", tickangle=0)
     return figure
 
 
@@ -144,7 +114,7 @@ def curves(cards: Sequence[Card], names: Sequence[str] | None = None) -> Figure:
     heads = ("train loss", f"train loss by term ({key})", "validation accuracy %")
     figure = make_subplots(rows=1, cols=3, subplot_titles=heads)
     for index, card in enumerate(cards):
-        run = _safe(names[index] if names else str(card["key"])[:16])
+        run = safe(names[index] if names else str(card["key"])[:16])
         epochs = _epochs(card)
         at = [int(epoch["epoch"]) + 1 for epoch in epochs]
         style = {"legendgroup": str(index), "mode": "lines+markers" if len(at) < 12 else "lines"}
@@ -169,7 +139,7 @@ def curves(cards: Sequence[Card], names: Sequence[str] | None = None) -> Figure:
                 **style,
             )
     legend = 22 * ((len(cards) + 1) // 2)
-    _style(figure, "epoch", None, height=360 + legend)
+    styled(figure, "epoch", None, height=360 + legend)
     figure.update_layout(legend={"yref": "container", "y": 0.01, "yanchor": "bottom"}, margin={"b": 70 + legend})
     figure.update_annotations(font_size=13)
     figure.update_xaxes(rangemode="tozero")
@@ -186,12 +156,12 @@ def movers(cards: Sequence[Card], names: Sequence[str] | None = None) -> Figure:
     dashes = ("solid", "dot", "dash", "dashdot", "longdash")
     kinds = ("grad_share/", "grad/", "grad_cosine/")
     columns = {kind: _recorded(cards, kind) for kind in kinds}
-    key = ", ".join(f"{_safe(term)} {dashes[i % len(dashes)]}" for i, term in enumerate(columns[kinds[0]]))
-    pairs = ", ".join(f"{_safe(pair)} {dashes[i % len(dashes)]}" for i, pair in enumerate(columns[kinds[2]][:3]))
+    key = ", ".join(f"{safe(term)} {dashes[i % len(dashes)]}" for i, term in enumerate(columns[kinds[0]]))
+    pairs = ", ".join(f"{safe(pair)} {dashes[i % len(dashes)]}" for i, pair in enumerate(columns[kinds[2]][:3]))
     heads = (f"share of the gradient % ({key})", "norm of the gradient (log)", f"cosine between terms ({pairs})")
     figure = make_subplots(rows=1, cols=3, subplot_titles=heads)
     for index, card in enumerate(cards):
-        run = _safe(names[index] if names else str(card["key"])[:16])
+        run = safe(names[index] if names else str(card["key"])[:16])
         epochs = list(card.get("gradients") or ())
         for place, kind in enumerate(kinds, start=1):
             for i, name in enumerate(columns[kind]):
@@ -208,12 +178,12 @@ def movers(cards: Sequence[Card], names: Sequence[str] | None = None) -> Figure:
                     mode="lines+markers" if len(epochs) < 12 else "lines",
                     line={"color": CYCLE[index % len(CYCLE)], "dash": dashes[i % len(dashes)], "width": 1.8},
                     marker={"size": 4},
-                    hovertemplate=f"epoch %{{x}}: %{{y:.4~f}}<extra>{run} {_safe(name)}</extra>",
+                    hovertemplate=f"epoch %{{x}}: %{{y:.4~f}}<extra>{run} {safe(name)}</extra>",
                     row=1,
                     col=place,
                 )
     legend = 22 * ((len(cards) + 1) // 2)
-    _style(figure, "epoch", None, height=360 + legend)
+    styled(figure, "epoch", None, height=360 + legend)
     figure.update_layout(legend={"yref": "container", "y": 0.01, "yanchor": "bottom"}, margin={"b": 70 + legend})
     figure.update_annotations(font_size=13)
     figure.update_xaxes(rangemode="tozero")
@@ -259,23 +229,23 @@ def _gain_bars(members: Sequence[Row], settings: Sequence[str]) -> Figure:
     figure = go.Figure(
         go.Bar(
             orientation="h",
-            x=[_percent("gain", group) for group in shown],
+            x=[percent("gain", group) for group in shown],
             # The place, not the label, is the category: two settings may read the same.
             y=list(range(len(shown))),
-            error_x=_errors("gain", shown),
+            error_x=errors("gain", shown),
             marker={
                 "color": [COLOURS[DISTILLED] if (number(g["gain"]) or 0) >= 0 else COLOURS[TEACHER] for g in shown]
             },
-            customdata=[f"{_safe(label(g, settings))}<br>{_cell_hover('gain', g)}" for g in shown],
+            customdata=[f"{safe(label(g, settings))}<br>{_cell_hover('gain', g)}" for g in shown],
             hovertemplate="%{customdata}<extra></extra>",
             width=0.7,
         )
     )
-    _style(figure, title("gain"), None, height=120 + 26 * max(len(shown), 2))
+    styled(figure, title("gain"), None, height=120 + 26 * max(len(shown), 2))
     names = [label({**group, "role": ""}, settings) or str(group["model"]) for group in shown]
     figure.update_yaxes(
         tickvals=list(range(len(shown))),
-        ticktext=[_safe(name) for name in names],
+        ticktext=[safe(name) for name in names],
         showgrid=False,
         automargin=True,
     )
@@ -290,7 +260,8 @@ def _best_of_each(members: Sequence[Row], settings: Sequence[str]) -> list[Row]:
     return [chosen for held in cells.values() if (chosen := best(held)) is not None]
 
 
-def _style(figure: Figure, x: str, y: str | None, height: int) -> None:
+def styled(figure: Figure, x: str, y: str | None, height: int) -> None:
+    """What all figures have in common."""
     figure.update_layout(
         template="none",
         height=height,
@@ -301,8 +272,8 @@ def _style(figure: Figure, x: str, y: str | None, height: int) -> None:
         font={"family": "system-ui, sans-serif", "size": 13},
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
     )
-    figure.update_xaxes(title_text=_safe(x), title_font_size=13, zeroline=False, automargin=True)
-    figure.update_yaxes(title_text=_safe(y or ""), title_font_size=13, zeroline=False, automargin=True)
+    figure.update_xaxes(title_text=safe(x), title_font_size=13, zeroline=False, automargin=True)
+    figure.update_yaxes(title_text=safe(y or ""), title_font_size=13, zeroline=False, automargin=True)
 
 
 def _axis(values: Iterable[Any]) -> list[Any]:
@@ -311,12 +282,13 @@ def _axis(values: Iterable[Any]) -> list[Any]:
     return sorted(distinct, key=lambda value: (number(value) is None, number(value) or 0.0, str(value)))
 
 
-def _percent(column: str, group: Row | None) -> float | None:
+def percent(column: str, group: Row | None) -> float | None:
+    """A value as it is drawn: shares as per cent."""
     value = number(group.get(column)) if group else None
     return None if value is None else value * _scale(column)
 
 
-def _errors(column: str, groups: Sequence[Row]) -> dict[str, Any]:
+def errors(column: str, groups: Sequence[Row]) -> dict[str, Any]:
     """Error bars of one standard deviation; none where there is but one seed."""
     spreads = [group.get(column) for group in groups]
     sds = [s.sd * _scale(column) if isinstance(s, Spread) and s.sd is not None else None for s in spreads]
@@ -336,17 +308,12 @@ def _cell_hover(column: str, group: Row | None) -> str:
         return ""
     spread = group[column]
     seeds = f", {spread.n} seeds" if isinstance(spread, Spread) and spread.n > 1 else ""
-    return f"{_safe(title(column))} {cell(column, spread)}{seeds}<br>{_safe(cell('hash', group.get('hash')))}"
+    return f"{safe(title(column))} {cell(column, spread)}{seeds}<br>{safe(cell('hash', group.get('hash')))}"
 
 
-def _safe(text: str) -> str:
+def safe(text: str) -> str:
     """Text as plotly shows it: no tag, no field of a hover template, no pair of $ to be read as a formula."""
     return html.escape(text, quote=False).replace("%{", "&#37;{").replace("$", "&#36;")
-
-
-def _roles(groups: Iterable[Row]) -> list[str]:
-    found = dict.fromkeys(str(group["role"]) for group in groups)
-    return sorted(found, key=lambda role: list(COLOURS).index(role) if role in COLOURS else len(COLOURS))
 
 
 def _epochs(card: Card) -> list[Mapping[str, Any]]:
@@ -365,4 +332,4 @@ def _recorded(cards: Sequence[Card], kind: str) -> list[str]:
 
 
 def _term(column: str) -> str:
-    return _safe(column.removeprefix("train/"))
+    return safe(column.removeprefix("train/"))

@@ -233,10 +233,20 @@ def _failed_values(sweep: Mapping[str, Any] | None, dial: str) -> list[float]:
 
 
 def _pair(groups: Sequence[Row], figures: dict[str, Figure]) -> str:
-    from kd.report.figures import gain, size_accuracy
+    from kd.report.costs import accuracy_by_cost, panels, size_accuracy
+    from kd.report.figures import gain
 
     cards = []
-    if sum(bool(group.get("parameters")) for group in groups) > 1:
+    above = ""
+    sized = sum(bool(group.get("parameters")) for group in groups) > 1
+    if sized and any("step" in group for group in groups):
+        note = (
+            '<p class="dim">Each step is open, what its recovery made of it filled. Files run in their own runtime and '
+            "networks in torch, where integers are only played, so that these have no time.</p>"
+        )
+        figure = _figure("costs", accuracy_by_cost(groups, panels(groups)), figures, "", "card wide")
+        above = _section("Accuracy against bytes, products and time", note + figure)
+    elif sized:
         cards.append(_figure("size", size_accuracy(groups), figures, "Size against accuracy"))
     gains = [group for group in groups if group.get("gain") is not None]
     settings = varying_settings(gains)
@@ -245,7 +255,7 @@ def _pair(groups: Sequence[Row], figures: dict[str, Figure]) -> str:
         if {"epochs", "samples"} < set(settings):
             name += "; each cell the setting that validated best"
         cards.append(_figure("gain", gain(gains), figures, name))
-    return _section("Size and gain", f'<div class="pair">{"".join(cards)}</div>') if cards else ""
+    return above + (_section("Size and gain", f'<div class="pair">{"".join(cards)}</div>') if cards else "")
 
 
 def _curves(cards: Sequence[Card], rows: Sequence[Row], figures: dict[str, Figure]) -> str:

@@ -222,6 +222,23 @@ def _steps(card: Card, known: Mapping[str, Card]) -> Row:
     return {name: value for name, value in found.items() if name not in own}
 
 
+def _recovers(card: Card, known: Mapping[str, Card]) -> str | None:
+    """Which step a recovery is of, as its role; None of what is no recovery."""
+    if not _is(card, "FineTune"):
+        return None
+    while _is(card, "FineTune") and (source := _inputs(card).get("model")) in known and source is not None:
+        card = known[source]
+    return STEPS.get(str(card["document"]["stage"]).rpartition(".")[2]) if not _is(card, "FineTune") else None
+
+
+def _beside(card: Card) -> Row:
+    """What the teacher's file is beside a file: bytes from the same exporter, milliseconds in the same rounds."""
+    found: Row = {"teacher/bytes": (card.get("export") or {}).get("teacher_bytes")}
+    for batch, timed in (card.get("latency") or {}).items():
+        found[f"teacher/latency_ms_{batch}"] = (timed.get("teacher_runtime") or {}).get("median")
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def _student(card: Card) -> str:
     """What a student alone and a distilled one must share to be compared: model, data and schedule."""
     config = card["document"]["config"]
@@ -282,6 +299,8 @@ def _row(card: Card, known: Mapping[str, Card], taught_by: set[str], alone: Mapp
     if (source := _inputs(card).get("model")) is not None:
         given = known.get(source, {}).get("metrics", {})
         row |= {"step": card["stage"], "before/accuracy": given.get(ACCURACY)}
+        row |= {"recovers": _recovers(card, known), "from": _group(known[source], known) if source in known else None}
+        row |= _beside(card)
         row["marks"] = ", ".join(card.get("marks", ())) or None
     scores = [teacher["metrics"][ACCURACY] for teacher in heard if ACCURACY in teacher["metrics"]]
     row["teacher/accuracy"] = max(scores, default=None)  # of several, the best

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kd.report.figures import COLOURS, _safe, _style
+from kd.report.figures import COLOURS, safe, styled
 from kd.report.page import write_html
 from kd.report.rows import ALONE, DISTILLED, TEACHER
 from kd.report.tables import cell, title
@@ -50,7 +50,7 @@ def history(trials: Iterable[Trial], objective: str, direction: str) -> Figure:
     for members, look in _groups(ordered):
         x = [trial["trial"] for trial in members]
         figure.add_scatter(x=x, y=[_value(trial, objective) for trial in members], **_dots(members, objective, look))
-    _style(figure, "trial", _title(objective), height=380)
+    styled(figure, "trial", _title(objective), height=380)
     return figure
 
 
@@ -63,7 +63,7 @@ def slices(trials: Iterable[Trial], objective: str, log: Iterable[str] = ()) -> 
     columns = min(COLUMNS, max(len(fields), 1))
     rows = math.ceil(max(len(fields), 1) / columns)
     figure = make_subplots(rows=rows, cols=columns, shared_yaxes=True, vertical_spacing=0.35 / rows)
-    _style(figure, "", None, height=70 + 290 * rows)
+    styled(figure, "", None, height=70 + 290 * rows)
     for index, name in enumerate(fields):
         row, column = divmod(index, columns)
         place = {"row": row + 1, "col": column + 1}
@@ -71,14 +71,14 @@ def slices(trials: Iterable[Trial], objective: str, log: Iterable[str] = ()) -> 
         numeric = all(_number(text) is not None for text in texts)
         for group, look in _groups(members):
             at = [str(trial["params"][name]) for trial in group]
-            x = [_number(text) for text in at] if numeric else [_safe(text) for text in at]
+            x = [_number(text) for text in at] if numeric else [safe(text) for text in at]
             dots = _dots(group, objective, look) | {"showlegend": index == 0, "legendgroup": look[0]}
             figure.add_scatter(x=x, y=[_value(trial, objective) for trial in group], **dots, **place)
         kind = "category" if not numeric else "log" if name in log else "linear"
-        figure.update_xaxes(title_text=_safe(name), type=kind, **place)
+        figure.update_xaxes(title_text=safe(name), type=kind, **place)
         if kind == "log":
             figure.update_xaxes(dtick=1, exponentformat="e", **place)
-        figure.update_yaxes(title_text=_safe(_title(objective)) if column == 0 else "", **place)
+        figure.update_yaxes(title_text=safe(_title(objective)) if column == 0 else "", **place)
     return figure
 
 
@@ -102,7 +102,7 @@ def front(trials: Iterable[Trial], objectives: Sequence[str], best: Iterable[int
     for members, look in _groups(ended):
         dots = _dots(members, y, look)
         figure.add_scatter(x=[_value(t, x) for t in members], y=[_value(t, y) for t in members], **dots)
-    _style(figure, _title(x), _title(y), height=400)
+    styled(figure, _title(x), _title(y), height=400)
     return figure
 
 
@@ -126,7 +126,7 @@ def epochs(trials: Iterable[Trial], objective: str) -> Figure:
                 opacity=0.7,
                 hovertemplate=f"epoch %{{x}}: %{{y:.4~f}}<extra>{_named(trial)}</extra>",
             )
-    _style(figure, "epoch", _title(objective), height=380)
+    styled(figure, "epoch", _title(objective), height=380)
     return figure
 
 
@@ -238,7 +238,7 @@ def _groups(trials: Iterable[Trial]) -> list[tuple[list[Trial], tuple[str, str, 
 def _dots(members: Sequence[Trial], objective: str, look: tuple[str, str, str]) -> dict[str, Any]:
     name, colour, symbol = look
     said = [
-        f"{_named(trial)}<br>{_safe(_title(objective))} {_text(objective, _raw(trial, objective))}" for trial in members
+        f"{_named(trial)}<br>{safe(_title(objective))} {_text(objective, _raw(trial, objective))}" for trial in members
     ]
     return {
         "name": name,
@@ -250,7 +250,7 @@ def _dots(members: Sequence[Trial], objective: str, look: tuple[str, str, str]) 
 
 
 def _named(trial: Trial) -> str:
-    return _safe(f"trial {trial['trial']}: {_words(trial)}")
+    return safe(f"trial {trial['trial']}: {_words(trial)}")
 
 
 def _words(trial: Trial) -> str:

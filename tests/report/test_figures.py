@@ -5,8 +5,9 @@ import json
 import pytest
 
 from kd.errors import InputError
-from kd.report.figures import curves, gain, heatmap, label, movers, size_accuracy
-from kd.report.rows import ALONE, DISTILLED, TEACHER, collect, over_seeds
+from kd.report.costs import size_accuracy
+from kd.report.figures import curves, gain, heatmap, label, movers
+from kd.report.rows import DISTILLED, TEACHER, collect, over_seeds
 from tests.report.cards import STUDENT, card, family
 
 
@@ -43,19 +44,6 @@ def test_any_metric_makes_a_heatmap():
     made = groups_of(family((1, 4), (0.1, 0.9), (0,)), DISTILLED)
     [trace] = heatmap(made, "test/loss").data
     assert trace.z[0][0] == pytest.approx(made[0]["test/loss"].mean)
-
-
-def test_size_against_accuracy_tells_the_roles_apart():
-    made = groups_of(family((1, 4), (0.9,), (0, 1)))
-    for size, value in (("parameters", 93322), ("bytes", 375000)):
-        figure = size_accuracy(made, size)
-        assert [trace.name for trace in figure.data] == [TEACHER, ALONE, DISTILLED]
-        assert len({trace.marker.symbol for trace in figure.data}) == 3
-        assert figure.layout.xaxis.type == "log"
-        assert list(figure.data[0].x) == [value] and list(figure.data[0].y) == pytest.approx([99.1])
-        assert len(figure.data[2].x) == 2
-        assert figure.data[0].error_y.array == (None,)  # one seed has no deviation
-        assert figure.data[1].error_y.array[0] == pytest.approx(100 * 0.002 / 2**0.5)
 
 
 def test_curves_show_loss_terms_and_validation():

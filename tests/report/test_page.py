@@ -8,7 +8,7 @@ import pytest
 
 from kd.report.page import write_page
 from tests.report.browser import CHROMIUM, open_page
-from tests.report.cards import STUDENT, card, family, lookup
+from tests.report.cards import STUDENT, card, compression, family, lookup
 
 EVIL = "</script><script>document.title='owned'</script><img src=x onerror=alert(1)>\"'`${x}$title"
 needs_browser = pytest.mark.skipif(not CHROMIUM, reason="no chromium on this machine")
@@ -190,6 +190,30 @@ def test_curves_stay_readable(tmp_path):
     shown = [trace["name"] for trace in json.loads(figures)["curves"]["data"] if trace["showlegend"]]
     assert len(shown) == 8 and any(name.startswith("teacher") for name in shown)
     assert "the best 8 of 23 runs" in text
+
+
+def test_a_compression_has_its_costs_side_by_side(made, tmp_path):
+    text = write_page(compression(), tmp_path / "p.html", "T").read_text(encoding="utf-8")
+    assert 'id="costs"' in text and 'id="size"' not in text and "Accuracy against bytes, products and time" in text
+    text = write_page(made, tmp_path / "q.html", "T").read_text(encoding="utf-8")
+    assert 'id="costs"' not in text and 'id="size"' in text
+
+
+@needs_browser
+def test_a_figure_is_saved_as_it_stands_there(tmp_path):
+    page = write_page(compression(), tmp_path / "p.html", "T")
+    save = """<script>setTimeout(async () => {
+  const place = document.getElementById("costs"), options = place._context.toImageButtonOptions;
+  const image = await Plotly.toImage(place, { format: "svg", imageDataOnly: true, ...options });
+  document.body.dataset.saved = image.match(/width="(\\d+)"/)[1] + " " + place._fullLayout.paper_bgcolor;
+}, 500);</script></body>"""
+    page.write_text(page.read_text(encoding="utf-8").replace("</body>", save), encoding="utf-8")
+    text, console = open_page(page, tmp_path / "profile")
+    assert console == []
+    saved = re.search(r'data-saved="([^"]*)"', text)
+    # As wide as on the screen, and on the card's ground, so that light text stays readable.
+    width, ground = saved[1].split(" ", 1)
+    assert int(width) > 2000 and ground == "#ffffff"
 
 
 @needs_browser

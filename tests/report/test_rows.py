@@ -19,7 +19,7 @@ from kd.report.rows import (
 )
 from kd.report.tables import layout
 from kd.store import digest
-from tests.report.cards import STUDENT, card, family, lookup, step
+from tests.report.cards import STUDENT, card, compression, family, lookup, step
 from tests.report.cards import TEACHER as TEACHER_MODEL
 
 
@@ -87,6 +87,26 @@ def test_steps_of_a_compression_have_rows_with_the_accuracy_before_and_after():
     assert first["marks"] == "collapsed" and second["marks"] is None
     assert first["teacher/accuracy"] == second["teacher/accuracy"] == others[0]["metrics"]["test/accuracy"]
     assert collect([pruned])[0]["before/accuracy"] is None
+
+
+def test_a_recovery_says_of_which_step_it_is_and_what_it_came_from():
+    *_, student = family((1,), (0.5,), (0,))
+    pruned = step("Prune", student, 0.4, "prune")
+    recovered = step("FineTune", pruned, 0.96, "prune_recover")
+    again = step("FineTune", recovered, 0.97, "prune_recover_again")
+    thin = step("LowRank", again, 0.9, "lowrank")
+    tuned = step("FineTune", student, 0.9, "tune")
+    rows = collect([pruned, recovered, again, thin, tuned], lookup([student]))
+    assert {row["step"]: row["recovers"] for row in rows} == {
+        "prune": None, "prune_recover": "pruned", "prune_recover_again": "pruned", "lowrank": None, "tune": None,
+    }  # fmt: skip
+    groups = {row["step"]: row for row in rows}
+    assert groups["prune_recover"]["from"] == groups["prune"]["group"]
+
+
+def test_a_file_says_what_the_teachers_file_is():
+    rows = [row for row in collect(compression(seeds=(0,), amounts=(0.3,))) if row["role"] == "exported"]
+    assert (rows[0]["teacher/bytes"], rows[0]["teacher/latency_ms_batch1"]) == (400000, 0.5)
 
 
 def test_a_compression_reads_from_its_start_to_its_end():
