@@ -44,6 +44,7 @@ NOTES = {
     "top_k_kl": "finds the 64 likeliest of all classes",
     "jsd": "two KLs against a mixture that is made in logarithms",
     "crd": "16384 negatives a sample, out of memories of 50000",
+    "wcord": "crd, and fifty rounds of scaling the plan between all samples of the batch",
     "rkd": "angles of any three samples",
 }
 

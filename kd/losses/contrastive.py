@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kd.errors import InputError
 from kd.losses import checks
+from kd.losses.transport import transport, unstretched, within_ball
 
 _SMALL = 1e-7
 _DRAWS = 4  # of a negative, until one is of another class
@@ -126,6 +127,7 @@ class CRD(nn.Module):
     """
 
     COMPARES_SAMPLES = True
+    NAME = "crd"
 
     student: nn.Module | None
     teacher: nn.Module | None
@@ -156,8 +158,8 @@ class CRD(nn.Module):
         """
         if self.student is not None:
             return
-        self.student = nn.Linear(math.prod(student_shape[1:]), self.width)
-        self.teacher = nn.Linear(math.prod(teacher_shape[1:]), self.width)
+        self.student = self._layer(math.prod(student_shape[1:])).train(self.training)
+        self.teacher = self._layer(math.prod(teacher_shape[1:])).train(self.training)
         reach = 1 / math.sqrt(self.width / 3)
         self.memory_student, self.memory_teacher = (
             torch.empty(row_shape[0], self.width).uniform_(-reach, reach) for _ in range(2)
@@ -170,21 +172,32 @@ class CRD(nn.Module):
         Raises:
             InputError: if `bind` was not called, the features are others, or a row is none of the split's.
         """
-        found = self._embedded(student, teacher)
+        return self._told_apart(self._embedded(student, teacher), target, row)
+
+    def _layer(self, width: int) -> nn.Linear:
+        """What makes embeddings of features so wide."""
+        return nn.Linear(width, self.width)
+
+    def _placed(self, vectors: Tensor) -> Tensor:
+        """Where embeddings and what the memories keep of them may lie: on the sphere."""
+        return F.normalize(vectors, dim=1)
+
+    def _told_apart(self, found: tuple[Tensor, Tensor], target: Tensor, row: Tensor) -> Tensor:
+        """`nce` of both embeddings (N, D) against the memories, which then take them in."""
         memories = self.memory_student, self.memory_teacher
         if memories[0] is None or memories[1] is None or self.classes is None:
-            raise InputError("crd is used before it knows its shapes; call bind(student, teacher, row) first")
-        if not all(checks.whole_numbers(each) and each.shape == student.shape[:1] for each in (target, row)):
+            raise InputError(f"{self.NAME} is used before it knows its shapes; call bind(student, teacher, row) first")
+        if not all(checks.whole_numbers(each) and each.shape == found[0].shape[:1] for each in (target, row)):
             raise InputError(
-                f"crd is given {len(student)} samples with targets that are {checks.spelt(target)} and rows that are "
-                f"{checks.spelt(row)}; whole numbers, one of each a sample, were meant"
+                f"{self.NAME} is given {len(found[0])} samples with targets that are {checks.spelt(target)} and rows "
+                f"that are {checks.spelt(row)}; whole numbers, one of each a sample, were meant"
             )
         samples = len(self.classes)
         # A GPU would have to be waited for at every step; there the index is checked by the kernel that uses it.
         if row.device.type == "cpu" and not 0 <= int(row.min()) <= int(row.max()) < samples:
             raise InputError(f"a row is none of the split's: they go from 0 to {samples - 1}")
         if _several():
-            raise InputError("crd keeps its memory on one device; set run.devices=1")
+            raise InputError(f"{self.NAME} keeps its memory on one device; set run.devices=1")
         drawn = torch.cat([row[:, None], self._drawn(target)], dim=1)
         total = []
         # The student is told from the teacher's memory, and the teacher from the student's.
@@ -205,16 +218,16 @@ class CRD(nn.Module):
 
     def _embedded(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         if not isinstance(self.student, nn.Linear) or not isinstance(self.teacher, nn.Linear):
-            raise InputError("crd is used before it knows its shapes; call bind(student, teacher, row) first")
+            raise InputError(f"{self.NAME} is used before it knows its shapes; call bind(student, teacher, row) first")
         checks.rows(student, teacher)
         found = []
         for name, layer, values in (("student", self.student, student), ("teacher", self.teacher, teacher)):
             if math.prod(values.shape[1:]) != layer.in_features:
                 raise InputError(
-                    f"the {name}'s features are of shape {tuple(values.shape)}; crd was bound to {layer.in_features} "
-                    "of them a sample"
+                    f"the {name}'s features are of shape {tuple(values.shape)}; {self.NAME} was bound to "
+                    f"{layer.in_features} of them a sample"
                 )
-            found.append(F.normalize(checks.widened(layer(values.flatten(1))), dim=1))
+            found.append(self._placed(checks.widened(layer(values.flatten(1)))))
         return found[0], found[1]
 
     def _drawn(self, target: Tensor) -> Tensor:
@@ -233,8 +246,72 @@ class CRD(nn.Module):
         for memory, seen in zip((self.memory_student, self.memory_teacher), found, strict=True):
             assert memory is not None
             mixed = self.momentum * memory[row] + (1 - self.momentum) * seen.to(memory.dtype)
-            memory[row] = F.normalize(mixed, dim=1)
+            memory[row] = self._placed(mixed)
         self.classes[row] = target.to(self.classes.dtype)
+
+
+class WCoRD(CRD):
+    """CRD with a critic that stretches no distance, plus what it costs to take the batch's features to the teacher's.
+
+    The global part is `nce` against the memories, as in `CRD`. Its critic is the product of two embeddings: linear
+    layers of spectral norm 1, then the ball of radius 1 in place of CRD's sphere, so that it is 1-Lipschitz in the
+    features of either network, as Wasserstein's distance in its dual form asks. The local part is `transport` between
+    both embeddings of the batch: the primal form.
+
+    Chen et al., "Wasserstein Contrastive Representation Distillation" (2021). The authors published no code. The ball,
+    the numbers of `transport`, and the constants of CRD's authors are this project's reading.
+
+    Args:
+        width: of both embeddings.
+        negatives: drawn for each sample.
+        scale: divides the critic; above 0.
+        momentum: share of the memory that stays when a sample is seen again.
+        local: weight of the transport beside the global part; 0 leaves it out.
+        regularisation: weight of the entropy of the transport's plan.
+        rounds: of scaling that plan.
+
+    >>> loss = WCoRD(width=4, negatives=8)
+    >>> loss.bind((2, 16), (2, 32), (100,))
+    >>> batch = {"target": torch.tensor([0, 1]), "row": torch.tensor([7, 3])}
+    >>> loss(student=torch.rand(2, 16), teacher=torch.rand(2, 32), **batch).shape
+    torch.Size([])
+    """
+
+    NAME = "wcord"
+    extra_repr = checks.shown("width", "negatives", "scale", "momentum", "local", "regularisation", "rounds")
+
+    def __init__(
+        self,
+        width: int = 128,
+        negatives: int = 16384,
+        scale: float = 0.07,
+        momentum: float = 0.5,
+        local: float = 0.05,
+        regularisation: float = 0.05,
+        rounds: int = 50,
+    ) -> None:
+        super().__init__(width, negatives, scale, momentum)
+        self.local = checks.within("local", local)
+        self.regularisation = checks.positive("regularisation", regularisation)
+        self.rounds = checks.whole("rounds", rounds)
+
+    def forward(self, student: Tensor, teacher: Tensor, target: Tensor, row: Tensor) -> Tensor:
+        """The scalar for features as bound, class indices (N,) and each sample's row in the split (N,).
+
+        Raises:
+            InputError: if `bind` was not called, the features are others, or a row is none of the split's.
+        """
+        found = self._embedded(student, teacher)
+        total = self._told_apart(found, target, row)
+        if self.local:
+            total = total + self.local * transport(*found, self.regularisation, self.rounds)
+        return total
+
+    def _layer(self, width: int) -> nn.Linear:
+        return unstretched(width, self.width)
+
+    def _placed(self, vectors: Tensor) -> Tensor:
+        return within_ball(vectors)
 
 
 def _several() -> bool:

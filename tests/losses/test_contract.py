@@ -20,7 +20,7 @@ from kd.errors import InputError
 from kd.losses.across import ReviewKD, SemCKD
 from kd.losses.boundary import AB, OFD
 from kd.losses.collaborative import General, Linear, MinLogit, Naive
-from kd.losses.contrastive import CRD, InfoNCE
+from kd.losses.contrastive import CRD, InfoNCE, WCoRD
 from kd.losses.ensemble import ByConfidence, ByCrossEntropy, Each, Gate, MeanLogits, MeanProbabilities, RandomChoice
 from kd.losses.exits import OFA, OFAExits
 from kd.losses.feature import MGD, VID, Hint
@@ -132,6 +132,12 @@ class Case:
         return views
 
 
+def settled(loss: CRD) -> CRD:
+    """One whose constants a first batch has set, so that they do not follow the student."""
+    loss.constants.fill_(20.0)
+    return loss.eval()
+
+
 MAPS = (8, 3, 4, 4)
 DEEP: Shapes = [(8, 3, 4, 4), (8, 4, 3, 3)]
 WIDE: Shapes = [(8, 5, 4, 4), (8, 6, 2, 2)]
@@ -231,6 +237,7 @@ LOSSES = [
     Case("each", lambda: Each(DKD()), target=True, **THREE),
     Case("each with a dropped one", lambda: Each(LearnedTemperatureKL(end=1.0), "sum", drop=1), widths=True, **THREE),
     Case("crd", lambda: CRD(4, 16, 0.5).eval(), (8, 5), (8, 6), target=True, row=True, flat=True, constants=True),
+    Case("wcord", lambda: settled(WCoRD(4, 16, 0.5)), (8, 5), (8, 6), target=True, row=True, flat=True, constants=True),
 ]
 each = pytest.mark.parametrize("case", LOSSES, ids=lambda case: case.name)
 with_teacher = pytest.mark.parametrize("case", [c for c in LOSSES if c.teacher], ids=lambda case: case.name)

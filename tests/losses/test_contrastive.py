@@ -12,7 +12,8 @@ from torch.testing import assert_close
 
 from kd.errors import InputError
 from kd.losses.checks import BadValue
-from kd.losses.contrastive import CRD, InfoNCE, infonce, nce
+from kd.losses.contrastive import CRD, InfoNCE, WCoRD, infonce, nce
+from kd.losses.transport import transport
 from tests.losses.waves import softmax, tensors, wave
 
 STUDENT, TEACHER = wave(6, 5), wave(6, 5, phase=1.0)
@@ -160,3 +161,100 @@ def test_several_devices_are_refused_for_each_would_remember_other_samples(monke
     monkeypatch.setattr("kd.losses.contrastive._several", lambda: True)
     with pytest.raises(InputError, match=r"set run\.devices=1"):
         step(memory())
+
+
+# WCoRD.
+
+
+def wcord(local: float = 0.0, seed: int = 0) -> WCoRD:
+    torch.manual_seed(seed)
+    loss = WCoRD(width=4, negatives=12, scale=0.5, local=local)
+    loss.bind((2, 5), (2, 5), (30,))
+    return loss
+
+
+def test_wcord_is_that_of_the_numpy_formula_and_pinned() -> None:
+    """CRD's, of embeddings by W / σ(W), at most 1 long; a tenth of the features, so that some stay inside the ball."""
+    loss = wcord().eval()
+    assert loss.student is not None and loss.teacher is not None
+    before = [m.clone().double().numpy() for m in (loss.memory_student, loss.memory_teacher) if m is not None]
+    torch.manual_seed(1)
+    drawn = np.concatenate([ROW.numpy()[:, None], loss._drawn(TARGET).numpy()], axis=1)
+    torch.manual_seed(1)
+    value = loss(student=S / 5, teacher=T / 5, target=TARGET, row=ROW).item()
+    expected, lengths = 0.0, []
+    for layer, rows, bank in ((loss.student, STUDENT, before[1]), (loss.teacher, TEACHER, before[0])):
+        weight, bias = layer.parametrizations.weight.original, layer.bias  # type: ignore[union-attr]
+        weight, bias = weight.detach().double().numpy(), bias.detach().double().numpy()  # type: ignore[union-attr,operator]
+        seen = rows / 5 @ (weight / np.linalg.norm(weight, 2)).T + bias
+        lengths += list(np.linalg.norm(seen, axis=1))
+        seen /= np.maximum(1, np.linalg.norm(seen, axis=1, keepdims=True))
+        scores = np.exp(np.einsum("nd,nkd->nk", seen, bank[drawn]) / 0.5)
+        scores /= scores.mean() * 30
+        noise = 12 / 30
+        own = np.log(scores[:, 0] / (scores[:, 0] + noise + 1e-7)).sum()
+        expected -= (own + np.log(noise / (scores[:, 1:] + noise + 1e-7)).sum()) / 6
+    assert min(lengths) < 1 < max(lengths)
+    assert value == pytest.approx(expected, rel=1e-5) and value == pytest.approx(7.5878739, rel=1e-5)
+
+
+def test_the_local_part_is_the_transport_between_the_embeddings_times_its_weight() -> None:
+    whole, part = wcord(local=0.3).eval(), wcord().eval()
+    found = whole._embedded(S, T)
+    assert_close(step(whole), step(part) + 0.3 * transport(*found))
+    assert not transport(*found).equal(transport(S, T))
+
+
+def test_wcords_critic_changes_no_faster_than_either_networks_features() -> None:
+    """Trained a while, so that the turns of the spectral norm must keep up with the weights."""
+    loss = wcord(local=1.0)
+    optimiser = torch.optim.SGD(loss.parameters(), lr=0.5)
+    for at in range(40):
+        optimiser.zero_grad()
+        step(loss, at).backward()
+        optimiser.step()
+    loss.eval()
+    gradients = []
+    for scale in (0.05, 0.3, 1.0):
+        ours, theirs = (scale * S).requires_grad_(), (scale * T).requires_grad_()
+        critic = (loss._embedded(ours, theirs)[0] * loss._embedded(ours, theirs)[1]).sum()
+        gradients += [g.norm(dim=1).max().item() for g in torch.autograd.grad(critic, (ours, theirs))]
+    assert 0.2 < max(gradients) <= 1.01
+    assert loss.student is not None
+    free = loss.student.parametrizations.weight.original  # type: ignore[union-attr]
+    assert torch.linalg.matrix_norm(free, 2).item() > 1.2  # type: ignore[arg-type]
+
+
+def test_wcords_gradient_in_double_precision_is_that_of_its_value() -> None:
+    loss = wcord()
+    step(loss)
+    loss.eval().double()
+
+    def value(student: Tensor) -> Tensor:
+        torch.manual_seed(1)
+        found: Tensor = loss(student=student, teacher=T.double() / 5, target=TARGET, row=ROW)
+        return found
+
+    assert torch.autograd.gradcheck(value, [(S.double() / 5).requires_grad_()])
+
+
+def test_wcords_memories_stay_in_the_ball_and_its_turning_vectors_are_resumed() -> None:
+    loss = wcord(local=0.1)
+    for at in range(3):
+        step(loss, at)
+    for memory in (loss.memory_student, loss.memory_teacher):
+        assert memory is not None and memory[ROW].norm(dim=1).max() <= 1 + 1e-6
+    resumed = wcord(local=0.1, seed=5)
+    resumed.load_state_dict(loss.state_dict(), strict=True)
+    for at in (3, 4):
+        assert step(loss, at).equal(step(resumed, at))
+    assert all(resumed.state_dict()[name].equal(value) for name, value in loss.state_dict().items())
+
+
+def test_wcord_says_its_own_name() -> None:
+    with pytest.raises(InputError, match="wcord was bound to 5"):
+        wcord()(student=S[:, 1:], teacher=T, target=TARGET, row=ROW)
+    with pytest.raises(InputError, match="wcord is used before"):
+        WCoRD()(student=S, teacher=T, target=TARGET, row=ROW)
+    with pytest.raises(BadValue, match="local"):
+        WCoRD(local=-1)

@@ -48,8 +48,8 @@ def nets(pair: str) -> tuple[Normalised, Normalised]:
 @cache
 def config(name: str) -> dict[str, Any]:
     found = dict(jobs([f"loss=[{name}]", "fit.batch_size=6"])[0][0].config["loss"])
-    if name == "crd":
-        found["crd"]["loss"]["negatives"] = 4
+    if name in ("crd", "wcord"):
+        found[name]["loss"]["negatives"] = 4
     return found
 
 
