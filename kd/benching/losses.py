@@ -210,6 +210,7 @@ class _Bench:
         import torch
 
         from kd.instantiate import instantiate
+        from kd.models import Frozen
 
         torch.manual_seed(0)
         loss = instantiate(term["loss"])
@@ -218,6 +219,9 @@ class _Bench:
             for role in ("student", "teacher", "feature", "target", "row")
             if term.get(role) is not None
         }
+        if term.get("part") is not None:  # the teacher's classifier, which reads its first view or the mean of its maps
+            width = _tensors(given["teacher"])[0].shape[1]
+            loss.lend(Frozen(torch.nn.Linear(width, _logits(size)[-1]), through=True))
         if hasattr(loss, "bind"):
             shapes = {role: _shapes(value) for role, value in given.items() if role != "target"}
             loss.bind(*((ROWS,) if role == "row" else shape for role, shape in shapes.items()))
