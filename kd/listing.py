@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 GROUPS = ("loss", "recipe", "mix", "data", "pair", "fit", "pipeline", "run", "experiments")
 KINDS = (*GROUPS, "model", "stage", "layers")
 _PAPER = re.compile(r"(?P<method>[^:]+) \((?P<paper>[^()]*\b(?:19|20)\d\d)\): (?P<about>.+)")
-_FAMILIES = dict.fromkeys(("logits", "self_taught", "softened", "exits", "own_exits"), "response") | dict.fromkeys(
-    ("maps", "flow", "boundary", "across", "reuse"), "feature"
-)  # of the others the module's name is the family's
+_RESPONSE = ("logits", "self_taught", "softened", "exits", "own_exits", "native")
+_FEATURE = ("maps", "flow", "boundary", "across", "reuse")
+# Of the others the module's name is the family's.
+_FAMILIES = dict.fromkeys(_RESPONSE, "response") | dict.fromkeys(_FEATURE, "feature")
 _FAMILIES["likeliest"] = "sequence"
 
 

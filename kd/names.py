@@ -13,8 +13,10 @@ INPUT = ":input"  # what goes into the layer, not what comes out
 OUTPUT = ":output"  # what comes out, as without it: a layer that is called like a part is meant
 THROUGH = ":through:"  # what the layers behind it, joined by +, make of each position
 EARLIER = "earlier.logits"  # what the student said of a sample when it saw it last
-SEVERAL = ("stages", "preactivations")  # these stand for a list
-_PART = re.compile(r"stages|preactivations|middle|last|embedding|unpooled|classes|(?:stage|preactivation)[1-9]\d*")
+SEVERAL = ("stages", "preactivations", "branches")  # these stand for a list
+_PART = re.compile(
+    r"stages|preactivations|branches|middle|last|embedding|unpooled|classes|ensemble|(?:stage|preactivation|branch)[1-9]\d*"
+)
 
 
 def layer(name: str) -> str:

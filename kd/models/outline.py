@@ -37,6 +37,8 @@ class Outline:
         embedding: the vector (N, D) that it reads.
         classes: maps (N, classes, H, W): the last stage's positions through what stands before and in the classifier.
         unpooled: the maps whose mean over positions is the embedding, or the embedding where there are none.
+        branches: logits (N, classes) of each of several ends (`kd.models.branches`).
+        ensemble: what these say together.
     """
 
     net: str
@@ -46,6 +48,8 @@ class Outline:
     embedding: str | None = None
     classes: str | None = None
     unpooled: str | None = None
+    branches: tuple[str, ...] = ()
+    ensemble: str | None = None
 
     def find(self, name: str) -> tuple[str, ...]:
         """The layers that a part stands for, with what the name asks for behind each.
@@ -81,10 +85,17 @@ class Outline:
                 found |= {f"{one}{number}": (path,) for number, path in enumerate(several, 1)}
         if self.stages:
             found |= {"middle": (self.stages[(len(self.stages) - 1) // 2],), "last": (self.stages[-1],)}
+        if self.branches:
+            found["branches"] = self.branches
+            found |= {f"branch{number}": (path,) for number, path in enumerate(self.branches, 1)}
         single = {"embedding": self.embedding, "unpooled": self.unpooled, "classes": self.classes}
+        single["ensemble"] = self.ensemble
         return found | {name: (path,) for name, path in single.items() if path}
 
     def _has(self, part: str) -> str:
+        if part == "ensemble" or part.startswith("branch"):
+            count = len(self.branches)
+            return f"it has {count} branches" if count else "only pipeline=one gives a network branches"
         if part == "classes":
             return "its classifier cannot be laid over the positions of its last stage, as class maps need"
         if part in ("embedding", "unpooled"):
@@ -115,6 +126,9 @@ def outline(net: nn.Module, shape: Sequence[int], chosen: Sequence[str] | None =
     >>> found.stages, found.preactivations, found.embedding
     (('1', '4'), ('1:input', '4:input'), '6:input')
     """
+    if callable(around := getattr(net, "outlined", None)):  # a net around another says so itself
+        whole: Outline = around(shape, chosen)
+        return whole
     seen = _Seen.of(net, shape)
     chosen = chosen if chosen is not None else vars(net).get(STAGES)
     if chosen is None:

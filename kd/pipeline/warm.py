@@ -30,6 +30,7 @@ import kd.losses.flow
 import kd.losses.layers
 import kd.losses.logits
 import kd.losses.maps
+import kd.losses.native
 import kd.losses.own_exits
 import kd.losses.relation
 import kd.losses.response

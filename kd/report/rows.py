@@ -35,7 +35,7 @@ REFERENCES = ("teacher/accuracy", "alone/accuracy")
 # What the stages of a compression leave, each a row of its own.
 STEPS = {"Prune": "pruned", "LowRank": "low-rank", "Quantize": "quantized", "FineTune": "recovered"}
 STEPS |= {"Export": "exported"}
-HEARS = ("Distil", "Circle", "MetaDistil")  # the stages whose student hears another network
+HEARS = ("Distil", "Circle", "MetaDistil", "Branches")  # the stages whose student hears another network
 ENSEMBLE = "ensemble"
 ROLES = (TEACHER, ASSISTANT, ALONE, DISTILLED, ENSEMBLE, *STEPS.values())
 # Settings with a column of their own.

@@ -1,6 +1,7 @@
 """Stages: one dataclass each; fields are its config, `run` makes its artifact. Torch is imported late."""
 
 from kd.stages.base import Room, Stage
+from kd.stages.branches import Branches
 from kd.stages.circle import Circle
 from kd.stages.compare import Compare
 from kd.stages.ensemble import Ensemble
@@ -15,6 +16,7 @@ from kd.stages.prune import Prune
 from kd.stages.quantize import Quantize
 
 __all__ = [
+    "Branches",
     "Circle",
     "Compare",
     "Distil",

@@ -335,11 +335,13 @@ def trained(
     masks: Mapping[str, torch.Tensor] | None = None,
     finish: Callable[[Normalised], list[dict[str, Any]]] | None = None,
     more: Callable[[], dict[str, Any]] = dict,
+    keep: Callable[[Normalised], Normalised] | None = None,
 ) -> dict[str, Any]:
     """Fit the student, then evaluate it on validation and, once, on test; write weights and card parts.
 
     ``spec`` is what it is built from again; ``masks`` the parameters whose zeros stay; ``finish`` changes what training
-    leaves, and says how its structure changed; ``more`` gives further metrics when all is trained.
+    leaves, and says how its structure changed; ``more`` gives further metrics when all is trained; ``keep`` gives what
+    is shipped of what was trained, where that is not all of it.
     """
     import torch
     from safetensors.torch import save_file
@@ -381,6 +383,8 @@ def trained(
         # Shipped in float32, whatever it was trained in: what reads it builds float32 networks.
         student = module.student.float().to(device_of(room.run))
         student = student.to(memory_format=torch.contiguous_format)
+        if keep is not None:
+            student = keep(student).to(device_of(room.run))
         changes = [] if finish is None else finish(student)
         if (graft := grafted(module.objective, student, data)) is not None:  # anew, for a change made other layers
             student = type(student)(graft, *student.statistics).float().to(device_of(room.run))

@@ -195,7 +195,7 @@ S, T, Y = torch.randn(4, 5), torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
 ARGUMENTS: Given = {
     "student": S, "teacher": T, "target": Y, "teachers": [S, T], "k": 2, "exits": [S], "deepest": T,
     "each": torch.randn(2, 4, 5), "logs": torch.zeros(2),
-    "values": torch.zeros(4, 2), "indices": torch.zeros(4, 2, dtype=torch.long),
+    "branches": [S], "ensemble": T, "values": torch.zeros(4, 2), "indices": torch.zeros(4, 2, dtype=torch.long),
 }  # fmt: skip
 MAPS = {"cwd": {"student": torch.randn(4, 3, 2, 2), "teacher": torch.randn(4, 3, 2, 2)}}
 

@@ -28,6 +28,7 @@ from kd.losses.flow import FSP, KDSVD
 from kd.losses.likeliest import TopKKL
 from kd.losses.logits import CrossEntropy, LogitMSE, SoftTargetCrossEntropy, SoftTargetKL, Standardised
 from kd.losses.maps import AT, CATKD, CWD, FT, NST, ATNorm, ParaphrasedFT
+from kd.losses.native import ONE
 from kd.losses.own_exits import BYOT
 from kd.losses.relation import CC, CCRBF, PKT, RKD, SP, Embedded
 from kd.losses.response import DIST, DKD, MLKD, NKD, WSLD
@@ -162,6 +163,7 @@ LOSSES = [
     Case("ofa", lambda: OFA(power=1.5), target=True),
     Case("ofa_exits", lambda: OFAExits(power=1.5), **listed(DEEP, [(8, 5)]), target=True, classes=5),
     Case("byot", BYOT, teacher=None, target=True, classes=5, feature=(8, 5), **alone(DEEP)),
+    Case("one", ONE, teacher=None, target=True, classes=5, feature=(8, 5), constants=True, **alone([(8, 5), (8, 5)])),
     Case("ofa_exits of tokens", OFAExits, (8, 5, 4), (8, 6), target=True, classes=6),
     Case("srrl", SRRL, **listed([(8, 3)], [(8, 5), (8, 4)]), part=lambda: nn.Linear(5, 4)),
     Case("srrl of maps", SRRL, **listed([(8, 3, 4, 4)], [(8, 5), (8, 4)]), part=lambda: nn.Conv2d(5, 4, 1)),
