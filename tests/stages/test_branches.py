@@ -98,6 +98,7 @@ def test_settings_that_cannot_be_are_refused_when_planning(words, said, tmp_path
     ("words", "said"),
     [
         ((*ONE, "one.at=conv9"), "one.at='conv9' is no layer of SeedCNN"),
+        ((*ONE, "loss=[one,simkd]"), "the term 'simkd' ships another end of the network, and so does a branch"),
         (("loss=[ce,one]",), "the term 'one': SeedCNN has no branches; only pipeline=one gives a network branches"),
     ],
 )
