@@ -111,10 +111,9 @@ class Branches:
         """
         heard: dict[str, Config | Normalised] = {role: room.stand_in(inputs[role]) for role in teachers(inputs)}
         student = self._branched(None, room)
-        if (graft := build_objective(self.objective, room).graft) is not None:
-            raise InputError(
-                f"the term {graft.term!r} ships another end of the network, and so does a branch; drop one"
-            )
+        for name, term in build_objective(self.objective, room).active.items():
+            if hasattr(term.loss, "graft"):
+                raise InputError(f"the term {name!r} ships another end of the network, and so does a branch; drop one")
         rehearse(self.data, student, heard, self.objective, self.fit, room, self.teacher_stages)
         line = f"{self.branches} branches of {self.student['name']} share all up to {_net(student).at}"
         room.tell({"event": "say", "line": line})
