@@ -10,8 +10,10 @@ import ast
 import copy
 import importlib
 import io
+import itertools
 import logging
 import re
+import string
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -121,6 +123,45 @@ def bare(model: Any) -> Any:
             del part.metadata_props[:]
             part.doc_string = ""
     return model
+
+
+def shortened(model: Any) -> Any:
+    """The model with names of a letter or two, no stated shapes within, and equal constants kept once, in place.
+
+    Of a network of a few thousand weights, names are half of the file. What goes in and comes out keeps its name. A
+    model with parts that have a scope of their own (`If`, `Loop`, `Scan`) or functions stays as it is.
+    """
+    graph = model.graph
+    if model.functions or any(a.HasField("g") or a.graphs for node in graph.node for a in node.attribute):
+        return model
+    names = {part.name: part.name for part in (*graph.input, *graph.output)} | {"": ""}
+    letters = (word for count in itertools.count(1) for word in itertools.product(string.ascii_letters, repeat=count))
+    held: dict[bytes, str] = {}
+    for constant in list(graph.initializer):
+        name, constant.name = constant.name, ""
+        content = constant.SerializeToString(deterministic=True)
+        constant.name = name
+        if name in names:
+            continue
+        if content in held:
+            names[name] = held[content]
+            graph.initializer.remove(constant)
+            continue
+        constant.name = names[name] = held[content] = _free(letters, names)
+    for node in graph.node:
+        node.name = ""
+        for given in (node.input, node.output):
+            for i, name in enumerate(given):
+                if name not in names:
+                    names[name] = _free(letters, names)
+                given[i] = names[name]
+    del graph.value_info[:]
+    return model
+
+
+def _free(words: Iterator[tuple[str, ...]], names: Mapping[str, str]) -> str:
+    """The next word that nothing which keeps its name is called."""
+    return next(word for word in map("".join, words) if names.get(word) != word)
 
 
 def to_pt2(net: nn.Module, shape: Sequence[int], path: Path) -> None:

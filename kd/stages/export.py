@@ -32,19 +32,21 @@ class Export:
         data: the data set: the file is judged on its whole test split.
         format: `onnx`; `pt2`, a program of torch; or `pte`, one of ExecuTorch.
         margin: of accuracy on test that a file with integers may lose against torch.
+        names: of what is within an ONNX file: `full` or `short`.
     """
 
     VERSION: ClassVar[int] = 1
-    SINCE: ClassVar[dict[str, Any]] = {}
+    SINCE: ClassVar[dict[str, Any]] = {"names": "full"}
     PHASE: ClassVar[str] = "file"
 
     data: Config
     format: str
     margin: float
+    names: str
 
     @classmethod
     def settled(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Every field counts.
+        """Every field counts, but names where the format has none to choose.
 
         Raises:
             InputError: at a value out of range.
@@ -53,7 +55,8 @@ class Export:
         margin = config["margin"]
         number = isinstance(margin, (int, float)) and not isinstance(margin, bool)
         require(number and 0 <= margin < 1, "export.margin", margin, "from 0 to 1")
-        return dict(config)
+        one_of("export.names", config["names"], ("full", "short"))
+        return {**config, "names": config["names"] if config["format"] == "onnx" else "full"}
 
     @classmethod
     def unused(cls, config: Mapping[str, Any], inputs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
@@ -163,7 +166,7 @@ class Export:
     def _onnx(self, net: Normalised, change: Mapping[str, Any] | None, splits: Splits, path: Path, room: Room) -> Made:
         import torch
 
-        from kd.compress.export import OPSET, answer, session, to_onnx, told
+        from kd.compress.export import OPSET, answer, session, shortened, to_onnx, told
         from kd.compress.integers import to_integers
 
         threads = torch.get_num_threads()
@@ -174,9 +177,11 @@ class Export:
         if change is not None:
             batches = self._samples(net, change, splits, room)
             model, said = to_integers(model, places, net.net, change, batches)
+        if self.names == "short":
+            model = shortened(model)
         path.write_bytes(model.SerializeToString(deterministic=True))
-        if change is not None:
-            opened = session(path, threads, unpack=change["how"] != "static")
+        if change is not None or self.names == "short":
+            opened = session(path, threads, unpack=change is not None and change["how"] != "static")
         about = {"format": "onnx", "opset": OPSET, "nodes": dict(told(model))}
         return Made(
             lambda images: answer(opened, images),

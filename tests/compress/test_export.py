@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kd.compress.export import answer, needs, quiet, session, to_onnx, to_pt2, told
+from kd.compress.export import answer, needs, quiet, session, shortened, to_onnx, to_pt2, told
+from kd.compress.integers import to_integers
 from kd.compress.measure import file_bytes, looking
 from kd.compress.quantize import begin, candidates, finish, ranges_of
 from kd.errors import InputError, KDError
@@ -57,6 +58,41 @@ def test_the_same_net_gives_the_same_bytes_and_none_of_this_machine(tmp_path: Pa
     contents = [(tmp_path / f"{name}.pt2").read_bytes() for name in ("a", "b")]
     assert contents[0] == contents[1]
     assert all(word.encode() not in text for word in ("kd/models", sys.prefix) for text in (first, contents[0]))
+
+
+@pytest.mark.parametrize("how", [None, "static", "dynamic", "weights"])
+def test_short_names_leave_a_smaller_file_that_gives_the_same(how: str | None) -> None:
+    net, change = small(), {}
+    if how is not None:
+        layers = candidates(net, how)[0]
+        begin(net, how, 8, None, {path: ranges_of(net, layers, [IMAGES])[path] for path in layers})
+        change = {"how": how, "bits": 8, "block": None, "layers": finish(net)}
+    model, places = to_onnx(net, SHAPE)
+    if change:
+        model, _ = to_integers(model, places, net, change, [IMAGES])
+    full = model.SerializeToString()
+    short = shortened(model).SerializeToString()
+    assert len(short) < len(full) - 500
+    opened = [session(text, unpack=how in ("dynamic", "weights")) for text in (full, short)]
+    assert [part.name for part in (*model.graph.input, *model.graph.output)] == ["images", "logits"]
+    assert torch.equal(answer(opened[0], IMAGES), answer(opened[1], IMAGES))
+    contents = [(c.data_type, tuple(c.dims), c.raw_data) for c in model.graph.initializer if c.raw_data]
+    assert len(set(contents)) == len(contents)
+
+
+def test_a_model_with_a_scope_within_keeps_its_names() -> None:
+    from onnx import TensorProto, helper
+
+    inner = helper.make_graph(
+        [helper.make_node("Identity", ["images"], ["kept"])], "inner", [],
+        [helper.make_tensor_value_info("kept", TensorProto.FLOAT, [1])],
+    )  # fmt: skip
+    node = helper.make_node("If", ["chosen"], ["logits"], name="branch", then_branch=inner, else_branch=inner)
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("images", "logits")]
+    given = [ends[0], helper.make_tensor_value_info("chosen", TensorProto.BOOL, [1])]
+    model = helper.make_model(helper.make_graph([node], "net", given, ends[1:]))
+    before = model.SerializeToString()
+    assert shortened(model).SerializeToString() == before
 
 
 @pytest.mark.parametrize(("how", "bits", "block"), [("static", 8, None), ("weights", 4, 16), ("dynamic", 8, None)])

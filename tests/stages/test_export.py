@@ -208,3 +208,16 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_made(
     with pytest.raises(InputError, match=r"export needs onnxruntime: pip install 'kd\[export\]'"):
         check([one], Store(tmp_path), run)
     assert not (tmp_path / "artifacts").exists()
+
+
+def test_short_names_are_another_file_with_a_hash_of_its_own(exported: Any) -> None:
+    store, (_, before, folders) = exported
+    ran, found, there = cards(store, "export.names=short")
+    assert ran == ["export"] and there["export"] != folders["export"]
+    assert found["export"]["cost"]["bytes"] < before["export"]["cost"]["bytes"]
+    assert found["export"]["metrics"] == before["export"]["metrics"]
+
+
+def test_names_of_no_kind_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"export\.names='tiny' is none of"):
+        planned(tmp_path, *WORDS, "export.names=tiny")
