@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from kd.errors import InputError
 from kd.losses import checks
-from kd.losses.ensemble import Teachers, _against, _heat, _listed, _tell
+from kd.losses.ensemble import Teachers, _against, _heat, _listed, _Mixed
 from kd.losses.mixing import mixture, stacked
 
 _HALVINGS, _ROUNDS = 24, 8
@@ -138,19 +138,7 @@ def generalisation_weights(teachers: Sequence[Tensor], target: Tensor) -> Tensor
     return weights.to(torch.float32)
 
 
-class _Wrapped(nn.Module):
-    """What the four ways share: the loss that is told where training stands."""
-
-    def __init__(self, loss: nn.Module) -> None:
-        super().__init__()
-        self.loss = loss
-
-    def at(self, epoch: float, epochs: int) -> None:
-        """Pass on where training stands."""
-        _tell(self.loss, epoch, epochs)
-
-
-class Naive(_Wrapped):
+class Naive(_Mixed):
     """A loss against `best_logits` of the circle.
 
     Args:
@@ -168,7 +156,7 @@ class Naive(_Wrapped):
         return _against(self.loss, student, made, {"target": target, **others})
 
 
-class Linear(_Wrapped):
+class Linear(_Mixed):
     """A loss against `linear_logits` of the circle.
 
     Args:
@@ -186,7 +174,7 @@ class Linear(_Wrapped):
         return _against(self.loss, student, made, {"target": target, **others})
 
 
-class MinLogit(_Wrapped):
+class MinLogit(_Mixed):
     """A loss against `min_logits` of the circle.
 
     Args:
@@ -204,7 +192,7 @@ class MinLogit(_Wrapped):
         return _against(self.loss, student, made, {"target": target, **others})
 
 
-class General(_Wrapped):
+class General(_Mixed):
     """A loss against the `mixture` of the circle by `generalisation_weights`, found anew on each validation.
 
     Until the first one all weigh the same. The weights are in the checkpoint.
@@ -224,9 +212,10 @@ class General(_Wrapped):
     JUDGES = True  # `judge` wants the circle's logits on the validation split
 
     def bind(self, student_shape: Any, teacher_shapes: Sequence[Any], *others: Any) -> None:
-        """Make as many weights as there are nets; a second time it does nothing."""
+        """Make as many weights as there are nets, and let the loss make its parts; a second time it does nothing."""
         if not hasattr(self, "weights"):
             self.register_buffer("weights", torch.full((len(teacher_shapes),), 1 / len(teacher_shapes)))
+        super().bind(student_shape, teacher_shapes, *others)
 
     def judge(self, teachers: Sequence[Tensor], target: Tensor) -> None:
         """Weigh the nets by their logits (N, C) on held-out samples.

@@ -21,18 +21,8 @@ from kd.losses.mixing import confidence_weights, cross_entropy_weights, drawn, m
 Teachers = Sequence[Tensor] | Tensor
 
 
-class MeanLogits(nn.Module):
-    """A loss against `mean_logits` of the teachers.
-
-    Args:
-        loss: called as `loss(student=…, teacher=…)`, with the `target=…` that it takes.
-
-    >>> import torch
-    >>> from kd.losses.logits import LogitMSE
-    >>> student, teachers = torch.zeros(1, 2), [torch.full((1, 2), 1.0), torch.full((1, 2), 3.0)]
-    >>> MeanLogits(LogitMSE())(student=student, teacher=teachers)
-    tensor(4.)
-    """
+class _Mixed(nn.Module):
+    """A loss that knows one teacher, told as it is of shapes and of where training stands: what all mixes share."""
 
     def __init__(self, loss: nn.Module) -> None:
         super().__init__()
@@ -46,12 +36,26 @@ class MeanLogits(nn.Module):
         """Pass on where training stands."""
         _tell(self.loss, epoch, epochs)
 
+
+class MeanLogits(_Mixed):
+    """A loss against `mean_logits` of the teachers.
+
+    Args:
+        loss: called as `loss(student=…, teacher=…)`, with the `target=…` that it takes.
+
+    >>> import torch
+    >>> from kd.losses.logits import LogitMSE
+    >>> student, teachers = torch.zeros(1, 2), [torch.full((1, 2), 1.0), torch.full((1, 2), 3.0)]
+    >>> MeanLogits(LogitMSE())(student=student, teacher=teachers)
+    tensor(4.)
+    """
+
     def forward(self, student: Tensor, teacher: Teachers, **others: Any) -> Tensor:
         """The scalar for logits (N, C) of the student's and a list of the teachers'."""
         return _against(self.loss, student, mean_logits(_listed(student, teacher)), others)
 
 
-class MeanProbabilities(nn.Module):
+class MeanProbabilities(_Mixed):
     """A loss against the `mixture` of the teachers, each weighing the same or by fixed weights.
 
     Args:
@@ -74,16 +78,8 @@ class MeanProbabilities(nn.Module):
     def __init__(
         self, loss: nn.Module, weights: Sequence[float] | None = None, temperature: float | None = None
     ) -> None:
-        super().__init__()
-        self.loss, self.weights, self.temperature = loss, _weights(weights), _own(temperature)
-
-    def bind(self, student_shape: Any, teacher_shapes: Sequence[Any], *others: Any) -> None:
-        """Let the loss make its parts."""
-        _bind(self.loss, student_shape, teacher_shapes, *others)
-
-    def at(self, epoch: float, epochs: int) -> None:
-        """Pass on where training stands."""
-        _tell(self.loss, epoch, epochs)
+        super().__init__(loss)
+        self.weights, self.temperature = _weights(weights), _own(temperature)
 
     def forward(self, student: Tensor, teacher: Teachers, **others: Any) -> Tensor:
         """The scalar for logits (N, C) of the student's and a list of the teachers'.
@@ -96,7 +92,7 @@ class MeanProbabilities(nn.Module):
         return _against(self.loss, student, mixture(teachers, weights, _heat(self.temperature, self.loss)), others)
 
 
-class ByConfidence(nn.Module):
+class ByConfidence(_Mixed):
     """A loss against the `mixture` of the teachers by their `confidence_weights`, sample by sample.
 
     Args:
@@ -113,16 +109,8 @@ class ByConfidence(nn.Module):
     extra_repr = checks.shown("temperature")
 
     def __init__(self, loss: nn.Module, temperature: float | None = None) -> None:
-        super().__init__()
-        self.loss, self.temperature = loss, _own(temperature)
-
-    def bind(self, student_shape: Any, teacher_shapes: Sequence[Any], *others: Any) -> None:
-        """Let the loss make its parts."""
-        _bind(self.loss, student_shape, teacher_shapes, *others)
-
-    def at(self, epoch: float, epochs: int) -> None:
-        """Pass on where training stands."""
-        _tell(self.loss, epoch, epochs)
+        super().__init__(loss)
+        self.temperature = _own(temperature)
 
     def forward(self, student: Tensor, teacher: Teachers, **others: Any) -> Tensor:
         """The scalar for logits (N, C) of the student's and a list of the teachers'."""
@@ -131,7 +119,7 @@ class ByConfidence(nn.Module):
         return _against(self.loss, student, mix, others)
 
 
-class ByCrossEntropy(nn.Module):
+class ByCrossEntropy(_Mixed):
     """A loss against the `mixture` of the teachers by their `cross_entropy_weights`, sample by sample.
 
     Args:
@@ -148,16 +136,8 @@ class ByCrossEntropy(nn.Module):
     extra_repr = checks.shown("temperature")
 
     def __init__(self, loss: nn.Module, temperature: float | None = None) -> None:
-        super().__init__()
-        self.loss, self.temperature = loss, _own(temperature)
-
-    def bind(self, student_shape: Any, teacher_shapes: Sequence[Any], *others: Any) -> None:
-        """Let the loss make its parts."""
-        _bind(self.loss, student_shape, teacher_shapes, *others)
-
-    def at(self, epoch: float, epochs: int) -> None:
-        """Pass on where training stands."""
-        _tell(self.loss, epoch, epochs)
+        super().__init__(loss)
+        self.temperature = _own(temperature)
 
     def forward(self, student: Tensor, teacher: Teachers, target: Tensor, **others: Any) -> Tensor:
         """The scalar for logits (N, C) of the student's, a list of the teachers', and class indices (N,)."""
@@ -166,7 +146,7 @@ class ByCrossEntropy(nn.Module):
         return _against(self.loss, student, mix, {"target": target, **others})
 
 
-class Gate(nn.Module):
+class Gate(_Mixed):
     """A loss against the `mixture` of the teachers by weights that are learned from what the student makes of a sample.
 
     The weights are the softmax over the teachers of a linear map of a layer of the student's (maps are max-pooled over
@@ -191,8 +171,8 @@ class Gate(nn.Module):
     extra_repr = checks.shown("temperature")
 
     def __init__(self, loss: nn.Module, temperature: float | None = None) -> None:
-        super().__init__()
-        self.loss, self.temperature = loss, _own(temperature)
+        super().__init__(loss)
+        self.temperature = _own(temperature)
         self.register_module("scores", None)
 
     def bind(
@@ -212,11 +192,7 @@ class Gate(nn.Module):
         if self.scores is None:
             self.scores = nn.Linear(shape[1], len(teacher_shapes), bias=False)
             nn.init.zeros_(self.scores.weight)
-        _bind(self.loss, student_shape, teacher_shapes)
-
-    def at(self, epoch: float, epochs: int) -> None:
-        """Pass on where training stands."""
-        _tell(self.loss, epoch, epochs)
+        super().bind(student_shape, teacher_shapes)
 
     def forward(self, student: Tensor, teacher: Teachers, feature: Tensor | None = None, **others: Any) -> Tensor:
         """The scalar for logits (N, C) of the student's, a list of the teachers', and a feature as bound.
@@ -247,7 +223,7 @@ class Gate(nn.Module):
         return _against(self.loss, student, mix, others)
 
 
-class RandomChoice(nn.Module):
+class RandomChoice(_Mixed):
     """A loss against one of the teachers, drawn anew for each step.
 
     The draw is a function of the training's seed (`draws_from`) and of where it stands: a resumed run draws as if it
@@ -272,21 +248,17 @@ class RandomChoice(nn.Module):
     """
 
     def __init__(self, loss: nn.Module) -> None:
-        super().__init__()
-        self.loss, self.seed, self.position = loss, 0, 0.0
+        super().__init__(loss)
+        self.seed, self.position = 0, 0.0
 
     def draws_from(self, seed: int) -> None:
         """Take the seed of the draws."""
         self.seed = seed
 
-    def bind(self, student_shape: Any, teacher_shapes: Sequence[Any], *others: Any) -> None:
-        """Let the loss make its parts."""
-        _bind(self.loss, student_shape, teacher_shapes, *others)
-
     def at(self, epoch: float, epochs: int) -> None:
-        """Draw for where training stands."""
+        """Draw for where training stands, and pass it on."""
         self.position = float(epoch)
-        _tell(self.loss, epoch, epochs)
+        super().at(epoch, epochs)
 
     def heard(self, count: int) -> list[int]:
         """Which of ``count`` teachers this step asks."""

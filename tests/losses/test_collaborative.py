@@ -18,7 +18,9 @@ from kd.losses.collaborative import (
     linear_logits,
     min_logits,
 )
+from kd.losses.feature import Hint
 from kd.losses.logits import SoftTargetKL
+from kd.losses.response import DKD
 
 WAYS = (Naive, Linear, MinLogit, General)
 
@@ -105,6 +107,18 @@ def test_each_moves_the_student_and_is_finite_in_half_precision(way: type, circl
     assert torch.isfinite(value) and student.grad is not None and student.grad.abs().sum() > 0
     half = loss(student=nets[0].bfloat16(), teacher=[net.bfloat16() for net in nets], **given)
     assert_close(half.float(), value.detach(), rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_loss_inside_is_bound_and_told_where_training_stands(way: type, circle) -> None:
+    nets, target = circle
+    loss = way(Hint())
+    loss.bind((6, 5), [(6, 5)] * 3)
+    assert loss.loss.projection is not None
+    assert loss(student=nets[0], teacher=nets, **({} if way is General else {"target": target})) > 0
+    told = way(DKD(warmup=20))
+    told.at(4.5, 240)
+    assert told.loss.factor == 0.25
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -64,6 +64,16 @@ def test_a_circle_learns_from_what_all_of_it_says(mix, tmp_path):
     assert card["trace"]["epochs"][-1]["train/peer1_kd"] > 0
 
 
+@pytest.mark.parametrize("mix", ["kdcl_naive", "kdcl_general"])
+def test_a_loss_inside_a_mix_is_bound_to_its_layers(mix, tmp_path):
+    hint = ("loss=[ce,hint]", "loss.hint.student=student.logits", "loss.hint.teacher=teacher.logits")
+    words = (*MUTUAL, f"mix={mix}", "circle.hears=all", *hint)
+    one, _ = planned(tmp_path, *words)
+    assert one.nodes[-1].config["objective"]["hint"]["loss"]["loss"]["_target_"].endswith("Hint")
+    _, card = made(tmp_path, *words, "run.validate_every=0")
+    assert card["trace"]["epochs"][-1]["train/peer1_hint"] > 0
+
+
 def test_the_student_moves_by_what_its_peer_says(tmp_path):
     _, hearing = made(tmp_path, *MUTUAL, "alpha=0.5")
     _, deaf = made(tmp_path, *MUTUAL, "alpha=0.5", "loss=[ce]")
