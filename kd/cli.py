@@ -652,6 +652,25 @@ def bench_loss(
     _json(rows) if as_json else _print(table)
 
 
+@bench.command("compress")
+def bench_compress(
+    words: Words = None,
+    rounds: Annotated[int, typer.Option(min=3, help="Interleaved rounds of each batch size.")] = 30,
+    seconds: Annotated[float, typer.Option(min=0.01, help="No further round of a batch size after so many.")] = 60.0,
+    as_json: Json = False,
+) -> None:
+    """Time and bytes of a network as it is, with integers, pruned, sparse and at low rank; interleaved, medians.
+
+    Weights are random: it says nothing about accuracy. Words reach the steps too: prune.amount=0.3, lowrank.of=macs.
+
+    Example: kd bench compress student.name=resnet18 data=cifar10
+    """
+    from kd.benching.compress import bench_compress as measure
+
+    rows, table = measure(words or [], rounds, seconds)
+    _json(rows) if as_json else _print(table)
+
+
 @bench.command("sweep")
 def bench_sweep(
     words: Words = None,
