@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from kd import binding
+from kd.balance import Uncertainty
 from kd.binding import Finds, Views
 from kd.binding import each as _each
 from kd.earlier import Earlier
@@ -50,6 +51,7 @@ class Term:
         row: `batch.row`, each sample's place in the split, for a loss that remembers samples.
         part: `teacher.classifier`, or `teacher.` and the path of a layer: a loss is lent a frozen copy of it.
         schedule: numbers that change over training, by the path of their field: `weight`, `loss.temperature`.
+        log_variance: where a learned log-variance starts, which weighs the term further (`kd.balance`); None: none.
 
     Raises:
         InputError: if the weight is negative or no finite number, a name does not begin as it must, or a field that is
@@ -72,6 +74,7 @@ class Term:
     row: str | None = None
     part: str | None = None
     schedule: Mapping[str, Schedule] = field(default_factory=dict)
+    log_variance: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse what no batch can mend."""
@@ -180,6 +183,8 @@ class Objective(nn.Module):
             raise InputError(f"the objective has nothing to minimise: {weightless}; give a term a weight above 0")
         self.losses = nn.ModuleDict({name: term.loss for name, term in self.active.items()})
         self.weights: dict[str, float] = {name: term.weight for name, term in self.active.items()}
+        starts = {name: term.log_variance for name, term in self.active.items() if term.log_variance is not None}
+        self.balance = Uncertainty(starts)
         read = {view for term in self.active.values() for views in term.names().values() for view in _each(views)}
         self.earlier = Earlier() if EARLIER in read else None
         self._scheduled: list[Any] = [term.loss for term in self.active.values() if hasattr(term.loss, "at")]
@@ -452,8 +457,23 @@ class Objective(nn.Module):
             parts[name] = part
         if self.earlier is not None and self.training:
             self.earlier.keep(given["batch.row"], given[f"student.{LOGITS}"])
-        weighted = [self.weights[name] * part for name, part in parts.items()]
+        weighted = [self._weighed(name, part) for name, part in parts.items()]
         return sum(weighted[1:], start=weighted[0]), parts
+
+    def _weighed(self, name: str, part: Tensor) -> Tensor:
+        weight = self.weights[name]
+        return weight * part if weight == 0 else self.balance.weighed(name, weight * part)
+
+    @property
+    def pulls(self) -> dict[str, float]:
+        """What each active term's loss is multiplied by in this step.
+
+        >>> from kd.losses.logits import CrossEntropy
+        >>> ce = Term(CrossEntropy(), 0.5, student="student.logits", target="batch.target", log_variance=0.0)
+        >>> Objective({"ce": ce}).pulls
+        {'ce': 0.5}
+        """
+        return {name: weight * self.balance.factor(name) for name, weight in self.weights.items()}
 
     def _with_earlier(self, views: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         if self.earlier is None:

@@ -17,7 +17,7 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("",),
     ("errors", "names", "roles"),
     ("store",),
-    ("losses", "compress", "instantiate", "binding", "earlier"),
+    ("losses", "compress", "instantiate", "binding", "earlier", "balance"),
     ("schedules",),
     ("objective", "models", "data", "tasks"),
     ("training",),

@@ -7,6 +7,9 @@ term that reads anything else of `teacher` becomes a term for each of them, with
 name `teacher1` or `teacher2` themselves stay as they are. In a stage with `peers` the teachers of each network are
 those that it hears. Where there is one teacher, it is `teacher`, whatever the mix: a chain of one hop has the keys of a
 plain distillation.
+
+`weighting` beside a stage's fields is `fixed`, or `uncertainty`: then each term that weighs anything has a learned
+log-variance (`kd.balance`), and where there is a term for each teacher, each of these.
 """
 
 from __future__ import annotations
@@ -16,13 +19,15 @@ from typing import Any
 
 from kd.errors import InputError
 from kd.roles import plain, teachers
-from kd.schedules import scaled
+from kd.schedules import scaled, weighs
+from kd.training.settings import one_of
 
 LOGITS = "teacher.logits"
+WEIGHTINGS = ("fixed", "uncertainty")
 
 
 def heard(stage: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A stage without its `mix`, its terms written out for the teachers among its inputs.
+    """A stage without its `mix` and `weighting`, its terms written out for the teachers among its inputs.
 
     Args:
         stage: plain data; one without a `mix` is left as it is.
@@ -39,6 +44,27 @@ def heard(stage: Mapping[str, Any], where: str) -> dict[str, Any]:
     >>> heard({"inputs": {"teacher1": "a"}, "mix": mix, "objective": {"kd": kd}}, "student")["inputs"]
     {'teacher': 'a'}
     """
+    bare = {name: value for name, value in stage.items() if name != "weighting"}
+    found = _mixed(bare, where)
+    if "weighting" in stage:
+        one_of("objective.weights", stage["weighting"], WEIGHTINGS)
+        if stage["weighting"] == "uncertainty":
+            found |= {name: _balanced(found[name]) for name in ("objective", "back", "terms") if found.get(name)}
+    return found
+
+
+def _balanced(terms: Any) -> Any:
+    """Terms with a learned log-variance each, but for those that never weigh anything."""
+
+    def one(term: Any) -> Any:
+        known = isinstance(term, Mapping) and weighs(term.get("weight", 1))
+        return {"log_variance": 0.0, **term} if known else term
+
+    return {name: one(term) for name, term in terms.items()} if isinstance(terms, Mapping) else terms
+
+
+def _mixed(stage: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A stage without its `mix`."""
     if "mix" not in stage:
         return dict(stage)
     mix, found = stage["mix"], {name: value for name, value in stage.items() if name != "mix"}

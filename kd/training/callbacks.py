@@ -149,6 +149,7 @@ class Recorder(pl.Callback):
         if due:
             row = {"train/loss": total.item(), **{f"train/{n}": p.item() for n, p in module.parts.items()}}
             row |= {name: value.item() for name, value in module.gradients.items()}
+            row |= module.objective.balance.told()
             row |= {"lr": trainer.optimizers[0].param_groups[0]["lr"], "epoch": (step - 1) // self.steps_per_epoch}
             self.write(trainer, step, row)
 
@@ -189,7 +190,14 @@ class Recorder(pl.Callback):
         means = {f"train/{name}": value.item() / self.counts[name] for name, value in self.sums.items()}
         valid = {f"val/{n}": v for n, v in module.validation.items() if isinstance(v, (int, float))}
         lr = trainer.optimizers[0].param_groups[0]["lr"]
-        epoch = {"epoch": trainer.current_epoch, "step": step, "lr": lr, **means, **valid}
+        epoch = {
+            "epoch": trainer.current_epoch,
+            "step": step,
+            "lr": lr,
+            **means,
+            **valid,
+            **module.objective.balance.told(),
+        }
         self.epochs.append({**epoch, "weights": weights_digest(module.net)})
         self.sums, self.counts = {}, {}
         module.validation = {}

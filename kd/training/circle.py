@@ -236,8 +236,7 @@ class Circle(pl.LightningModule):
 
     def gradients_of_terms(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What each of the last step's terms does to the student, as `of_terms` has it."""
-        weights = {name: self.objective.terms[name].weight for name in parts}
-        return of_terms(parts, weights, self.members[self.shipped].learning())
+        return of_terms(parts, self.objective.pulls, self.members[self.shipped].learning())
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Keep the logits; metrics are made of the whole split."""

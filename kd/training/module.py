@@ -135,7 +135,7 @@ class Distiller(pl.LightningModule):
 
     def gradients_of_terms(self) -> dict[str, Tensor]:
         """What each of the last step's terms does to the student, as `of_terms` has it."""
-        return of_terms(self.parts, self.objective.weights, [p for p in self.student.parameters() if p.requires_grad])
+        return of_terms(self.parts, self.objective.pulls, [p for p in self.student.parameters() if p.requires_grad])
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Keep the logits; metrics are made of the whole split."""

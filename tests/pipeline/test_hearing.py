@@ -106,3 +106,21 @@ def test_an_empty_list_of_teachers_is_refused_in_one_line() -> None:
         stages("pipeline=teachers")
     with pytest.raises(InputError, match="names no stage: its list is empty"):
         stages("pipeline=students")
+
+
+def test_a_weighting_gives_each_term_that_weighs_anything_a_log_variance() -> None:
+    terms = {"ce": CE, "kd": KD, "off": {**KD, "weight": 0.0}, "own": {**KD, "log_variance": 1.0}}
+    found = heard({"objective": terms, "weighting": "uncertainty", "inputs": {"teacher": "a"}}, "student")
+    assert "weighting" not in found
+    learnt = {name: term.get("log_variance") for name, term in found["objective"].items()}
+    assert learnt == {"ce": 0.0, "kd": 0.0, "off": None, "own": 1.0}
+    assert heard({"objective": terms, "weighting": "fixed"}, "student") == {"objective": terms}
+    two = {
+        "inputs": TWO,
+        "mix": MIX,
+        "weighting": "uncertainty",
+        "objective": {"at": {**KD, "teacher": "teacher.last"}},
+    }
+    assert {term["log_variance"] for term in heard(two, "student")["objective"].values()} == {0.0}
+    with pytest.raises(InputError, match=r"objective\.weights='uncertain' is none of fixed, uncertainty"):
+        heard({"objective": terms, "weighting": "uncertain"}, "student")
