@@ -18,6 +18,7 @@ from kd.errors import InputError, nearest, offer
 _MODULE = "torch.nn.modules.module.Module"
 KINDS = {
     "kd.data.": "kd.data.source.Source",
+    "kd.interchange.": "kd.interchange.Interchange",
     "kd.losses.": _MODULE,
     "kd.models.": _MODULE,
     "kd.objective.": "kd.objective.Term",

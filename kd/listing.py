@@ -20,7 +20,7 @@ _RESPONSE = ("logits", "self_taught", "softened", "exits", "own_exits", "native"
 _FEATURE = ("maps", "flow", "boundary", "across", "reuse")
 # Of the others the module's name is the family's.
 _FAMILIES = dict.fromkeys(_RESPONSE, "response") | dict.fromkeys(_FEATURE, "feature")
-_FAMILIES["likeliest"] = "sequence"
+_FAMILIES |= {"likeliest": "sequence", "context": "causal"}
 
 
 def listing(what: str, pattern: str | None = None) -> list[dict[str, Any]]:
@@ -87,6 +87,8 @@ def _term(name: str) -> dict[str, Any]:
     layers = {"student": "student.<layer>", "teacher": "teacher.<layer>", "feature": "student.<layer>"}
     named = [layers[k] if term[k] == "???" else term[k] for k in (*layers, "target", "row") if k in term]
     views = [str(view) for several in named for view in (several if isinstance(several, list) else [several])]
+    if under := term.get("under"):
+        views[-1] += f"; exchanged: {under['student']}, {under['teacher']}"
     loss = term["loss"]
     while "loss" in loss:  # one that is given embedded or standardised features is of its own family
         loss = loss["loss"]

@@ -25,6 +25,7 @@ from kd.binding import Finds, Views
 from kd.binding import each as _each
 from kd.earlier import Earlier
 from kd.errors import InputError, nearest
+from kd.interchange import Interchange
 from kd.names import EARLIER
 from kd.roles import is_teacher
 from kd.schedules import Schedule
@@ -52,6 +53,8 @@ class Term:
         part: `teacher.classifier`, or `teacher.` and the path of a layer: a loss is lent a frozen copy of it.
         schedule: numbers that change over training, by the path of their field: `weight`, `loss.temperature`.
         log_variance: where a learned log-variance starts, which weighs the term further (`kd.balance`); None: none.
+        under: an interchange of activations; then the loss is given what the networks say and compute in a pass of
+            their own, in which some channels are those of another sample. Needs teachers that run.
 
     Raises:
         InputError: if the weight is negative or no finite number, a name does not begin as it must, or a field that is
@@ -75,6 +78,7 @@ class Term:
     part: str | None = None
     schedule: Mapping[str, Schedule] = field(default_factory=dict)
     log_variance: float | None = None
+    under: Interchange | None = None
 
     def __post_init__(self) -> None:
         """Refuse what no batch can mend."""
@@ -106,6 +110,18 @@ class Term:
         for path in self.schedule:
             if path != "weight":
                 _owners(self.loss, path)
+        if self.under is not None:
+            self._check_under(self.under)
+
+    def _check_under(self, under: Any) -> None:
+        if not isinstance(under, Interchange):
+            raise InputError(f"a term's under is {under!r}; an interchange was meant, e.g. kd.interchange.Interchange")
+        read = {view.partition(".")[0] for views in self.names().values() for view in _each(views)} - {"batch"}
+        if read != set(under.sides):
+            raise InputError(
+                f"a term reads {', '.join(sorted(read))} under an interchange in {', '.join(sorted(under.sides))}; "
+                "name the same networks in both, one student and one teacher"
+            )
 
     @property
     def weighs(self) -> bool:
@@ -191,6 +207,7 @@ class Objective(nn.Module):
         # Without a schedule or a draw, each step asks for the same views.
         self._same = not any(hasattr(t.loss, "heard") or "weight" in t.schedule for t in self.active.values())
         self._asked: frozenset[str] | None = None
+        self._changes = {name: term.under for name, term in self.active.items() if term.under is not None}
 
     @property
     def needs_teacher(self) -> bool:
@@ -216,7 +233,8 @@ class Objective(nn.Module):
         >>> Objective({"ce": ce}).names_parts("student")
         True
         """
-        return any(binding.parts(term.names(), side) for term in self.active.values())
+        inside = [change.names() for change in self._changes.values()]
+        return any(binding.parts(views, side) for views in (*(t.names() for t in self.active.values()), *inside))
 
     def resolve(self, outlines: Mapping[str, Finds], stored: Collection[str] = ()) -> None:
         """Put the layers of each part in its place; before `paths` and `bind`.
@@ -233,6 +251,8 @@ class Objective(nn.Module):
         for name, term in list(self.active.items()):
             try:
                 found = binding.resolved(term.names(), outlines, stored, uneven=getattr(term.loss, "UNEVEN", False))
+                if term.under is not None:
+                    term.under.place(binding.resolved(term.under.names(), outlines))
             except InputError as error:
                 raise InputError(f"the term {name!r}: {error}") from error
             self._renamed(name, found)
@@ -302,7 +322,8 @@ class Objective(nn.Module):
         if side != "student" and not is_teacher(side):
             raise InputError(f"{side!r} is no side of an objective{nearest(side, ('student', 'teacher'))}")
         views = {view for term in self.active.values() for named in term.names().values() for view in _each(named)}
-        return sorted(v.partition(".")[2] for v in views if v.startswith(f"{side}.") and v != f"{side}.{LOGITS}")
+        read = {v.partition(".")[2] for v in views if v.startswith(f"{side}.") and v != f"{side}.{LOGITS}"}
+        return sorted(read.union(*(change.layers(side) for change in self._changes.values())))
 
     def bind(self, shapes: Mapping[str, torch.Size]) -> None:
         """Tell each loss that asks for them the shapes of its views, so that it can make its trainable parts.
@@ -371,7 +392,8 @@ class Objective(nn.Module):
             with torch.no_grad():
                 views = self._with_earlier(views)
                 for name, term in self.eval().active.items():
-                    given = {role: _look_up(view, views, name) for role, view in term.names().items()}
+                    seen = self._seen(name, views)
+                    given = {role: _look_up(view, seen, name) for role, view in term.names().items()}
                     said = binding.described(name, term.names(), shapes)
                     binding.tried(partial(term.loss, **given), said)
         finally:
@@ -379,7 +401,7 @@ class Objective(nn.Module):
 
     def draws_from(self, seed: int) -> None:
         """Tell each loss that draws among teachers the seed of the training; the draws are made of it and of `at`."""
-        for part in self.losses.modules():
+        for part in (*self.losses.modules(), *self._changes.values()):
             if callable(take := getattr(part, "draws_from", None)):
                 take(seed)
 
@@ -408,8 +430,13 @@ class Objective(nn.Module):
                     continue
                 for owner in _owners(term.loss, path):
                     setattr(owner, path.rpartition(".")[2], value)
-        for loss in self._scheduled:
+        for loss in (*self._scheduled, *self._changes.values()):
             loss.at(epoch, epochs)
+
+    @property
+    def again(self) -> dict[str, Interchange]:
+        """The interchanges of this step's terms, each of which needs a pass of the networks that it names."""
+        return {name: self._changes[name] for name in self.now if name in self._changes} if self._changes else {}
 
     @property
     def now(self) -> list[str]:
@@ -448,9 +475,9 @@ class Objective(nn.Module):
         parts: dict[str, Tensor] = {}
         given, views = views, self._with_earlier(views)
         for name in self.now:
-            term = self.active[name]
+            term, seen = self.active[name], self._seen(name, views)
             part = term.loss(
-                **{role: _look_up(_heard(term.loss, role, view), views, name) for role, view in term.names().items()}
+                **{role: _look_up(_heard(term.loss, role, view), seen, name) for role, view in term.names().items()}
             )
             if part.ndim:
                 raise InputError(f"the loss of the term {name!r} has shape {tuple(part.shape)}; a scalar was meant")
@@ -475,11 +502,28 @@ class Objective(nn.Module):
         """
         return {name: weight * self.balance.factor(name) for name, weight in self.weights.items()}
 
+    def _seen(self, name: str, views: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What a term may read: under an interchange what was said in that pass, and nothing of the plain one."""
+        if name not in self._changes:
+            return views
+        own = own_view(name, "")
+        kept = {view: value for view, value in views.items() if view.startswith("batch.")}
+        return kept | {view.removeprefix(own): value for view, value in views.items() if view.startswith(own)}
+
     def _with_earlier(self, views: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         if self.earlier is None:
             return views
         row, target = (_one(f"batch.{name}", views, EARLIER) for name in ("row", "target"))
         return {**views, EARLIER: self.earlier.recall(row, target)}
+
+
+def own_view(term: str, view: str) -> str:
+    """How a view is called that a term reads in a pass of its own.
+
+    >>> own_view("diito", "student.logits")
+    'diito/student.logits'
+    """
+    return f"{term}/{view}"
 
 
 def _heard(loss: nn.Module, role: str, views: Views) -> Any:

@@ -18,7 +18,7 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("errors", "names", "roles"),
     ("store",),
     ("losses", "compress", "instantiate", "binding", "earlier", "balance"),
-    ("schedules",),
+    ("schedules", "interchange"),
     ("objective", "models", "data", "tasks"),
     ("training",),
     ("stages",),

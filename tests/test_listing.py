@@ -50,7 +50,8 @@ def test_a_loss_that_is_given_other_features_is_of_its_own_family():
     rows = {row["name"]: row for row in listing("loss")}
     assert rows["infonce"]["family"] == "contrastive"  # of embedded features
     assert rows["lskd"]["family"] == rows["ctkd"]["family"] == rows["ofa_exits"]["family"] == "response"
-    assert {row["family"] for row in rows.values()} == {"response", "feature", "relation", "contrastive", "sequence"}
+    families = {"response", "feature", "relation", "contrastive", "sequence", "causal"}
+    assert {row["family"] for row in rows.values()} == families
 
 
 def test_rows_are_written_as_markdown(capsys):

@@ -46,6 +46,7 @@ NOTES = {
     "crd": "16384 negatives a sample, out of memories of 50000",
     "wcord": "crd, and fifty rounds of scaling the plan between all samples of the batch",
     "rkd": "angles of any three samples",
+    "diito": "without the two passes that it asks for: `kd bench step loss=[ce,kd,diito]` counts them",
 }
 
 

@@ -3,10 +3,10 @@
 A stage of a pipeline with inputs `teacher1`, `teacher2`, … may hold a `mix` beside its fields: the config of a term
 whose `loss` takes another loss into it (`kd.losses.ensemble`). Then a term that reads `teacher.logits` reads
 `[teacher1.logits, teacher2.logits]` through that, and takes over what else the mix names (its target, a feature). A
-term that reads anything else of `teacher` becomes a term for each of them, with its share of the weight. Terms that
-name `teacher1` or `teacher2` themselves stay as they are. In a stage with `peers` the teachers of each network are
-those that it hears. Where there is one teacher, it is `teacher`, whatever the mix: a chain of one hop has the keys of a
-plain distillation.
+term that reads anything else of `teacher`, or reads it under an interchange, becomes a term for each of them, with its
+share of the weight. Terms that name `teacher1` or `teacher2` themselves stay as they are. In a stage with `peers` the
+teachers of each network are those that it hears. Where there is one teacher, it is `teacher`, whatever the mix: a chain
+of one hop has the keys of a plain distillation.
 
 `weighting` beside a stage's fields is `fixed`, or `uncertainty`: then each term that weighs anything has a learned
 log-variance (`kd.balance`), and where there is a term for each teacher, each of these.
@@ -115,7 +115,7 @@ def _written(name: str, term: Any, mix: Mapping[str, Any], roles: list[str], whe
     if not all(alone):
         read = ", ".join(map(str, views))
         raise InputError(f"{where}: the term {name} reads {read}; name `teacher` alone, or each by its number")
-    if term["teacher"] == LOGITS:
+    if term["teacher"] == LOGITS and not term.get("under"):
         more = {role: view for role, view in mix.items() if role != "loss" and view is not None and not term.get(role)}
         listed = [f"{role}.logits" for role in roles]
         return {name: {**term, **more, "teacher": listed, "loss": {**mix["loss"], "loss": term["loss"]}}}
@@ -124,4 +124,13 @@ def _written(name: str, term: Any, mix: Mapping[str, Any], roles: list[str], whe
         own = [str(view).replace("teacher.", f"{role}.", 1) for view in views]
         theirs = own if isinstance(term["teacher"], list) else own[0]
         found[f"{name}_{role}"] = {**term, "teacher": theirs, "weight": scaled(term["weight"], 1 / len(roles))}
+        if term.get("under"):
+            found[f"{name}_{role}"]["under"] = _renamed(term["under"], role)
     return found
+
+
+def _renamed(under: Mapping[str, Any], role: str) -> dict[str, Any]:
+    """An interchange with one of several teachers."""
+    views = under["teacher"] if isinstance(under["teacher"], list) else [under["teacher"]]
+    own = [str(view).replace("teacher.", f"{role}.", 1) for view in views]
+    return {**under, "teacher": own if isinstance(under["teacher"], list) else own[0]}

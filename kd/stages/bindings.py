@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from kd import names
@@ -30,8 +31,8 @@ def views_of(objective: Mapping[str, Any], side: str) -> list[str]:
     for term in objective.values():
         if not isinstance(term, Mapping) or not weighs(term.get("weight", 1)):
             continue
-        for role in ROLES:
-            views = term.get(role) or []
+        under = term.get("under") or {}
+        for views in (*(term.get(role) or [] for role in ROLES), *(under.get(role) or [] for role in ROLES)):
             for view in [views] if isinstance(views, str) else views:
                 place, _, name = str(view).partition(".")
                 if place == side:
@@ -156,6 +157,7 @@ def bind_sides(
     objective.bind(shapes | {"batch.row": torch.Size((samples,))})
     objective.check_answers(views)
     if rehearse:
+        views |= _again(objective, nets, images, views)
         objective.rehearse(views | {"batch.row": torch.zeros(2, dtype=torch.long)})
     return lines(objective, shapes)
 
@@ -173,6 +175,28 @@ def lends_nothing(objective: Objective) -> None:
         )
 
 
+def _again(
+    objective: Objective, nets: Mapping[str, Normalised], images: torch.Tensor, views: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The passes that terms ask for beside the plain one, of networks in eval mode."""
+    import torch
+
+    from kd.compress.measure import looking
+    from kd.models import Taps
+    from kd.training.again import again
+
+    if not objective.again:
+        return {}
+    tapped = {role: (net, Taps(net.net, objective.paths(role))) for role, net in nets.items()}
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        for net, taps in tapped.values():
+            stack.enter_context(looking(net))
+            stack.callback(taps.remove)
+        device = next(next(iter(nets.values())).parameters()).device
+        return again(objective, tapped, images.to(device), views)
+
+
 def lines(objective: Objective, shapes: Shapes) -> list[str]:
     """A line for each pair of layers that a bound objective compares, in the order of its terms; logits need none.
 
@@ -183,6 +207,10 @@ def lines(objective: Objective, shapes: Shapes) -> list[str]:
     found = []
     for name, term in objective.active.items():
         views = {role: each(given) for role, given in term.names().items() if role in ROLES}
+        if term.under is not None:
+            pairs = zip(each(term.under.student), each(term.under.teacher), strict=True)
+            share = f"{100 * term.under.fraction:g} % of the channels exchanged"
+            found += [f"{name}: {with_shape(s, shapes)} <- {with_shape(t, shapes)}, {share}" for s, t in pairs]
         if all(view.endswith(".logits") for several in views.values() for view in several):
             continue
         ours, theirs = views["student"], views.get("teacher", ())

@@ -182,6 +182,8 @@ class Distil:
         if f"{teacher}.{names.stored('embedding')}" in kept:
             kept.add(f"{teacher}.embedding")  # a vector already
         for name, views in read.items():
+            if views and heard[name].get("under"):
+                return f"the term {name} runs its networks again, so the live {teacher} runs"
             for view in views:
                 if view != f"{teacher}.logits" and view not in kept:
                     path = str(view).removeprefix(f"{teacher}.").removesuffix(names.POOLED)

@@ -88,6 +88,8 @@ class MetaDistil:
         for name, term in config["objective"].items():
             if term.get("row"):
                 raise InputError(f"the term {name} remembers samples, and pipeline=meta tries steps that do not count")
+            if term.get("under"):
+                raise InputError(f"the term {name} runs its networks again, which pipeline=meta does not; leave it out")
         return {}
 
     def check(self, inputs: Mapping[str, Stage | Artifact], room: Room) -> None:

@@ -18,6 +18,7 @@ from kd.errors import InputError, nearest
 from kd.models import Normalised, Taps
 from kd.objective import Objective
 from kd.tasks.image import evaluate
+from kd.training.again import again
 from kd.training.gradients import keep_buffers, of_terms
 
 Batch = dict[str, Tensor]
@@ -222,7 +223,12 @@ class Circle(pl.LightningModule):
             if member.objective is None:
                 continue
             with torch.set_grad_enabled(name in learners):
-                total, found = member.objective(self.views(name, batch, spoken))
+                views = self.views(name, batch, spoken)
+                if member.objective.again:
+                    nets = {side: (self.members[who].net, self.taps[who]) for side, who in member.roles().items()}
+                    nets["student"] = member.net, self.taps[name]
+                    views |= again(member.objective, nets, self.laid(batch["image"]), views)
+                total, found = member.objective(views)
             if name in learners:
                 totals.append(total)
             if name == self.shipped:

@@ -9,10 +9,12 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from kd.errors import InputError
 from kd.models import Frozen, Grafted, Normalised, Taps, plain
 from kd.objective import Objective
 from kd.roles import by_role
 from kd.tasks.image import evaluate
+from kd.training.again import again
 from kd.training.gradients import keep_buffers, of_terms
 
 Batch = dict[str, Tensor]
@@ -51,6 +53,11 @@ class Distiller(pl.LightningModule):
         self.student_taps = Taps(student.net, objective.paths("student"))
         given: Mapping[str, Normalised] = by_role(teachers)
         self.stored = frozenset(objective.teachers) & frozenset(stored)
+        for name, term in objective.active.items():
+            if term.under is not None and self.stored & set(term.under.sides):
+                raise InputError(
+                    f"the term {name} runs the teacher again, which stored labels cannot: labels.live=true"
+                )
         live = [role for role in objective.teachers if role not in self.stored]
         for role in live:
             if role not in given:
@@ -95,6 +102,9 @@ class Distiller(pl.LightningModule):
                 if role in asked:
                     views[f"{role}.logits"] = self.teachers[role](images)
                     views.update({f"{role}.{path}": value for path, value in taps.pop().items()})
+        if self.objective.again:
+            nets = {role: (self.live[role], taps) for role, taps in self.teacher_taps.items()}
+            views |= again(self.objective, {"student": (self.student, self.student_taps), **nets}, images, views)
         return views
 
     def _laid(self, images: Tensor) -> Tensor:

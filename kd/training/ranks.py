@@ -53,7 +53,8 @@ def check(fit: Fit, devices: int, gpu: bool, student: nn.Module, objective: Obje
     for name, term in objective.active.items():
         if hasattr(term.loss, "graft"):
             raise InputError(f"the term {name} ships another net, which is judged on one device; use run.devices=1")
-        if any(getattr(part, "COMPARES_SAMPLES", False) for part in term.loss.modules()):
+        compares = any(getattr(part, "COMPARES_SAMPLES", False) for part in term.loss.modules())
+        if compares or term.under is not None:
             raise InputError(
                 f"the term {name} compares the samples of a batch, of which each of {devices} devices would see only "
                 "its part; use run.devices=1"

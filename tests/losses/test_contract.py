@@ -19,7 +19,9 @@ import kd.losses.layers
 from kd.errors import InputError
 from kd.losses.across import ReviewKD, SemCKD
 from kd.losses.boundary import AB, OFD
+from kd.losses.causal import DIITO
 from kd.losses.collaborative import General, Linear, MinLogit, Naive
+from kd.losses.context import CID
 from kd.losses.contrastive import CRD, InfoNCE, WCoRD
 from kd.losses.ensemble import ByConfidence, ByCrossEntropy, Each, Gate, MeanLogits, MeanProbabilities, RandomChoice
 from kd.losses.exits import OFA, OFAExits
@@ -139,6 +141,15 @@ def settled(loss: CRD) -> CRD:
     return loss.eval()
 
 
+def told() -> CID:
+    """In the third epoch, with contexts of the one before."""
+    loss = CID(sample=0.1)
+    loss.bind((8, 5), [(8, 6), (8, 4)], (8, 4))
+    loss.at(2.5, 12)
+    loss.sums, loss.sure = torch.linspace(-1, 1, 20).reshape(4, 5), torch.ones(4)
+    return loss
+
+
 MAPS = (8, 3, 4, 4)
 DEEP: Shapes = [(8, 3, 4, 4), (8, 4, 3, 3)]
 WIDE: Shapes = [(8, 5, 4, 4), (8, 6, 2, 2)]
@@ -240,6 +251,13 @@ LOSSES = [
     Case("each with a dropped one", lambda: Each(LearnedTemperatureKL(end=1.0), "sum", drop=1), widths=True, **THREE),
     Case("crd", lambda: CRD(4, 16, 0.5).eval(), (8, 5), (8, 6), target=True, row=True, flat=True, constants=True),
     Case("wcord", lambda: settled(WCoRD(4, 16, 0.5)), (8, 5), (8, 6), target=True, row=True, flat=True, constants=True),
+]
+LOSSES += [
+    Case("diito", DIITO, zero_at_identity=True),
+    Case("diito of a hidden state", lambda: DIITO(cosine=0.5), **listed([(8, 5), (8, 4)], [(8, 5), (8, 4)])),
+    Case("diito of two widths", lambda: DIITO(cosine=0.5), **listed([(8, 5), (8, 4)], [(8, 5), (8, 6)])),
+    Case("cid", CID, **listed([(8, 5)], [(8, 6), (8, 4)]), feature=(8, 4), target=True, classes=4),
+    Case("cid with contexts", told, **listed([(8, 5)], [(8, 6), (8, 4)]), feature=(8, 4), target=True, classes=4),
 ]
 each = pytest.mark.parametrize("case", LOSSES, ids=lambda case: case.name)
 with_teacher = pytest.mark.parametrize("case", [c for c in LOSSES if c.teacher], ids=lambda case: case.name)

@@ -49,6 +49,17 @@ def test_a_term_on_layers_becomes_one_for_each_teacher_with_its_share_of_the_wei
     assert found["at_teacher1"]["weight"] == {**rising, "end": 2.0}
 
 
+def test_a_term_under_an_interchange_becomes_one_for_each_teacher() -> None:
+    term = {**KD, "weight": 1.0, "under": {"_target_": "I", "student": "student.last", "teacher": "teacher.last"}}
+    several = {**term, "under": {**term["under"], "teacher": ["teacher.a", "teacher.b"]}}
+    found = stage({"diito": term, "more": several})["objective"]
+    assert found["diito_teacher2"] == {
+        **KD, "weight": 0.5, "teacher": "teacher2.logits", "under": {**term["under"], "teacher": "teacher2.last"},
+    }  # fmt: skip
+    assert found["more_teacher1"]["under"]["teacher"] == ["teacher1.a", "teacher1.b"]
+    assert stage({"diito": term}, inputs={"teacher1": "a"})["objective"] == {"diito": term}
+
+
 def test_terms_that_name_one_of_the_teachers_stay_as_they_are() -> None:
     own = {**KD, "teacher": "teacher2.conv3"}
     listed = {**KD, "teacher": ["teacher1.logits", "teacher2.logits"]}

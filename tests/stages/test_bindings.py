@@ -27,7 +27,7 @@ PAIRS: dict[str, tuple[str, dict[str, Any], str, dict[str, Any], int, int]] = {
     "vit": ("vit_tiny_patch16_224", {"depth": 4, "embed_dim": 48}, "resnet10t", {"stem_type": ""}, 3, 64),
     "swin": ("swin_tiny_patch4_window7_224", SWIN, "convnext_atto", {"depths": (1, 1, 1, 1)}, 3, 64),
 }
-LOSSES = [row["name"] for row in listing("loss") if row["family"] in ("feature", "relation", "contrastive")]
+LOSSES = [row["name"] for row in listing("loss") if row["family"] in ("feature", "relation", "contrastive", "causal")]
 
 
 @cache

@@ -74,6 +74,13 @@ def test_a_loss_inside_a_mix_is_bound_to_its_layers(mix, tmp_path):
     assert card["trace"]["epochs"][-1]["train/peer1_hint"] > 0
 
 
+@pytest.mark.parametrize("words", [MUTUAL, BOTH], ids=["mutual", "bidirectional"])
+def test_networks_that_learn_together_are_run_again_under_an_interchange(words, tmp_path):
+    _, card = made(tmp_path, *words, "loss=[ce,kd,diito]", "run.validate_every=0")
+    last = card["trace"]["epochs"][-1]
+    assert last["train/diito"] > 0 and (last.get("train/peer1_diito", 1.0) > 0)
+
+
 def test_the_student_moves_by_what_its_peer_says(tmp_path):
     _, hearing = made(tmp_path, *MUTUAL, "alpha=0.5")
     _, deaf = made(tmp_path, *MUTUAL, "alpha=0.5", "loss=[ce]")

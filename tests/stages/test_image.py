@@ -110,6 +110,54 @@ def test_stages_that_are_none_are_refused_before_anything_is_made(words, said, t
     assert not (tmp_path / "artifacts").exists()
 
 
+def test_a_term_that_runs_its_networks_again_wants_the_teacher_live_and_is_drawn_from_the_seed(tmp_path):
+    words = ("loss=[ce,kd,diito]", "loss.diito.weight=1")
+    ran, card = made(tmp_path, *words)
+    assert ran == ["teacher", "student"]
+    [why] = [why for role, why in planned(tmp_path, *words)[0].nodes[-1].unused.items() if role == "labels"]
+    assert why == "the term diito runs its networks again, so the live teacher runs"
+    assert card["bindings"] == [
+        "diito: student.conv2 (16, 4, 4) <- teacher.conv2 (64, 4, 4), 50 % of the channels exchanged"
+    ]
+    again, plain = made(tmp_path / "again", *words)[1], made(tmp_path, "loss=[ce,kd]", "labels.live=true")[1]
+    assert bits(again) == bits(card) and bits(card) != bits(plain)
+    assert card["trace"]["epochs"][0]["train/diito"] > 0
+    off = ("loss.diito.weight=0", "alpha=0.9")
+    assert (
+        made(tmp_path, "loss=[ce,kd,diito]", *off)[1]["weights"]
+        == made(tmp_path, "loss=[ce,kd]", *off[1:])[1]["weights"]
+    )
+
+
+def test_stages_that_are_exchanged_are_in_the_key(tmp_path):
+    words = ("loss=[ce,diito]", "loss.diito.under.student=student.stages", "loss.diito.under.teacher=teacher.stages")
+    both = ("student.stages=[conv2,conv3]", "teacher.stages=[conv1,conv3]")
+    assert len({keys(tmp_path, *words, *more)[-1] for more in ((), both[:1], both[1:], both)}) == 4
+    layers = [f"loss.diito.under.{side}={side}.conv2" for side in ("student", "teacher")]
+    assert keys(tmp_path, "loss=[ce,diito]", *layers, *both) == keys(tmp_path, "loss=[ce,diito]", *layers)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["loss.diito.under.student=student.conv9"], "'conv9' is no layer of SeedCNN; did you"),
+        (["loss.diito.under.teacher=teacher.stages"], "names student.conv2 of the student and teacher.conv"),
+        (["loss.diito.under.fraction=0"], "fraction is 0"),
+        (["loss.diito.loss.cosine=1"], "DIITO at cosine=1 compares 2 views of each network, and is given 1 and 1"),
+        (["loss.diito.under.fraction={_target_: kd.schedules.Linear, start: 0.1, end: 1}"], "cannot be scheduled"),
+        (["loss.diito.under.teacher=student.last"], "'student.last' as a layer of the teacher"),
+        (["run.devices=2", "fit.batch_size=64"], "the term diito compares the samples of a batch"),
+        (["pipeline=meta"], "the term diito runs its networks again, which pipeline=meta does not"),
+    ],
+)
+def test_an_interchange_that_cannot_be_is_refused_before_anything_is_made(words, said, tmp_path):
+    with pytest.raises(InputError) as refused:
+        one, run = planned(tmp_path, "loss=[ce,diito]", *words)
+        check([one], Store(tmp_path), run)
+    assert said in str(refused.value) and "\n" not in str(refused.value)
+    assert not (tmp_path / "artifacts").exists()
+
+
 def test_what_is_bound_is_told_once_before_training(tmp_path):
     found = [planned(tmp_path, "loss=[ce,fsp]", word) for word in ("seed=0", "seed=1", "loss.fsp.weight=2")]
     said: list[str] = []
@@ -141,6 +189,24 @@ def test_on_a_gpu_the_labels_are_the_teachers_and_a_folder_of_images_gives_the_s
     assert stored[0].read_bytes() == stored[1].read_bytes()
     on_cpu = made(tmp_path / "cpu", *words, "run.accelerator=cpu")[1]
     assert cards[0]["metrics"]["test/loss"] == pytest.approx(on_cpu["metrics"]["test/loss"], rel=0.05)
+
+
+def test_interchanges_and_contexts_survive_a_kill_to_the_bit(tmp_path):
+    # What was drawn, and the contexts of the first epoch: a run that began them anew would end elsewhere.
+    hidden = ("student", "teacher")
+    words = (
+        "loss=[kd,diito,cid]", "run.checkpoint_seconds=0", "loss.diito.loss.cosine=0.5", "loss.diito.weight=1",
+        "loss.diito.under.student=student.stages", "loss.diito.under.teacher=teacher.stages",
+        *(f"loss.diito.{side}=[{side}.logits,{side}.embedding]" for side in hidden),
+    )  # fmt: skip
+    _, straight = made(tmp_path / "a", *words)
+    one, run = planned(tmp_path / "b", *words)
+    assert "SIGKILL" in call(kill_at, "step", 8 + 6, one, run)["error"]
+    execute(one, Store(tmp_path / "b"), run)
+    artifact = Store(tmp_path / "b").get(one.key)
+    assert artifact is not None and artifact.card["resumed"] and not straight["resumed"]
+    assert bits(artifact.card) == bits(straight)
+    assert not [name for name in load_file(artifact.path / "model.safetensors") if "diito" in name or "cid" in name]
 
 
 def test_memories_masks_and_lists_of_layers_survive_a_kill_to_the_bit(tmp_path):
