@@ -35,11 +35,14 @@ REFERENCES = ("teacher/accuracy", "alone/accuracy")
 # What the stages of a compression leave, each a row of its own.
 STEPS = {"Prune": "pruned", "LowRank": "low-rank", "Quantize": "quantized", "FineTune": "recovered"}
 STEPS |= {"Export": "exported"}
+# Who learns from whom, by the stage and whether a trained teacher comes in.
+WAYS = {("Distil", True): "one way", ("Circle", True): "both ways", ("Circle", False): "each other"}
+WAYS |= {("MetaDistil", True): "meta", ("Branches", False): "branches"}
 HEARS = ("Distil", "Circle", "MetaDistil", "Branches")  # the stages whose student hears another network
 ENSEMBLE = "ensemble"
 ROLES = (TEACHER, ASSISTANT, ALONE, DISTILLED, ENSEMBLE, *STEPS.values())
 # Settings with a column of their own.
-_NAMED = ("model", "data", "teacher", "loss", "epochs", "samples")
+_NAMED = ("model", "data", "teacher", "way", "loss", "after", "epochs", "samples")
 _ELSEWHERE = ("data", "seed", "objective")  # of a step's config, what stands in columns that all rows have
 _OWN = {"config.seed", "config.fit.epochs", "config.fit.samples", "config.model.name", "config.data.name"}
 
@@ -169,9 +172,24 @@ def varying_settings(rows: Sequence[Row], roles: Iterable[str] = ROLES) -> list[
             if column in _OWN or not (leaf or column in (*_NAMED, *dials)):
                 continue
             values = {same(row[column]) for row in members if column in row and (leaf or row[column] is not None)}
+            if column == "after" and not orders(members):  # it follows from the step
+                continue
             if len(values) > 1 and not (leaf and _follows(column, members, dials)):
                 found[column] = None
     return sorted(found, key=lambda column: column.startswith("config."))
+
+
+def orders(rows: Iterable[Row]) -> bool:
+    """Whether one step of a compression stands behind other steps in one row than in another.
+
+    >>> orders([{"step": "quantize", "after": "student"}, {"step": "quantize", "after": "student > prune"}])
+    True
+    """
+    found: dict[tuple[Any, Any], set[Any]] = {}
+    for row in rows:
+        if row.get("after") is not None:
+            found.setdefault((row.get("role"), row.get("step")), set()).add(row["after"])
+    return any(len(ways) > 1 for ways in found.values())
 
 
 def dial_names(rows: Iterable[Row]) -> list[str]:
@@ -220,6 +238,15 @@ def _steps(card: Card, known: Mapping[str, Card]) -> Row:
             break
         card = known[source]
     return {name: value for name, value in found.items() if name not in own}
+
+
+def _after(card: Card, known: Mapping[str, Card]) -> str:
+    """The stages that a step stands behind, first to last."""
+    before: list[str] = []
+    while (source := _inputs(card).get("model")) in known and source is not None:
+        card = known[source]
+        before.insert(0, str(card["stage"]))
+    return " > ".join(before)
 
 
 def _recovers(card: Card, known: Mapping[str, Card]) -> str | None:
@@ -292,13 +319,14 @@ def _row(card: Card, known: Mapping[str, Card], taught_by: set[str], alone: Mapp
     row: Row = {"role": _role(card, taught_by), "model": named, "data": config.get("data", {}).get("name")}
     if _is(card, *HEARS):
         names = [str(_model(teacher).get("name")) for teacher in heard]
-        row |= {"teacher": " + ".join(names) or None, "loss": _loss(config.get("objective", {}))}
+        way = WAYS.get((str(card["document"]["stage"]).rpartition(".")[2], bool(names)))
+        row |= {"teacher": " + ".join(names) or None, "way": way, "loss": _loss(config.get("objective", {}))}
     row |= {name: value for name, value in dials.items() if name not in ("seed", *row)}
     row |= {"epochs": fit.get("epochs"), "samples": fit.get("samples") or "all", "seed": config.get("seed")}
     row |= {name: value for name, value in metrics.items() if "/" in name and isinstance(value, (int, float))}
     if (source := _inputs(card).get("model")) is not None:
         given = known.get(source, {}).get("metrics", {})
-        row |= {"step": card["stage"], "before/accuracy": given.get(ACCURACY)}
+        row |= {"step": card["stage"], "after": _after(card, known), "before/accuracy": given.get(ACCURACY)}
         row |= {"recovers": _recovers(card, known), "from": _group(known[source], known) if source in known else None}
         row |= _beside(card)
         row["marks"] = ", ".join(card.get("marks", ())) or None

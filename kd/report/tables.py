@@ -6,7 +6,7 @@ import html
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from kd.report.rows import Row, Spread, dial_names, is_measured, number, same, varying_settings
+from kd.report.rows import Row, Spread, dial_names, is_measured, number, orders, same, varying_settings
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -46,7 +46,7 @@ TITLES = {
 _SPARE: tuple[str, ...] = ("activation_bytes", "gzip_bytes", "nonzero")
 _SPARE += ("latency_ms_batch64", "latency_ms_batch1", "macs", "bytes", "test/recall", "test/precision")
 _SPARE += ("parameters", "test/f1", "n", "seed")
-_TOLD = ("teacher", "loss")  # said where they tell rows apart
+_TOLD = ("teacher", "way", "loss")  # said where they tell rows apart
 _WHOLE = ("role", "hash")
 _SHARES = ("accuracy", "accuracy_top5", "precision", "recall", "f1", "agreement")
 _COUNTS = ("parameters", "nonzero", "macs", "bytes", "gzip_bytes", "activation_bytes", "samples", "step")
@@ -120,7 +120,21 @@ def layout(rows: Sequence[Row], metrics: Sequence[str] = METRICS) -> tuple[list[
     leaves = [column for column in varying_settings(rows) if column.startswith("config.")]
     # A group says over how many seeds it is, a run which one it had.
     seeds = "n" if any(row.get("n") is not None for row in rows) else "seed"
-    order = ["role", "step", "model", "data", "teacher", "loss", *dials, "epochs", "samples", *leaves, seeds]
+    order = [
+        "role",
+        "step",
+        "after",
+        "model",
+        "data",
+        "teacher",
+        "way",
+        "loss",
+        *dials,
+        "epochs",
+        "samples",
+        *leaves,
+        seeds,
+    ]
     order += [
         *(m for m in metrics if m in METRICS),
         "published",
@@ -152,6 +166,8 @@ def layout(rows: Sequence[Row], metrics: Sequence[str] = METRICS) -> tuple[list[
         if not values and column not in leaves:
             continue
         if column in _COMPRESSED and not any("step" in row for row in rows):
+            continue
+        if column == "after" and not orders(rows):
             continue
         kept = column in KEPT or column in leaves or len(rows) == 1
         if kept or len({_compare(column, value) for value in values}) > 1:

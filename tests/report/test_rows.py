@@ -89,6 +89,36 @@ def test_steps_of_a_compression_have_rows_with_the_accuracy_before_and_after():
     assert collect([pruned])[0]["before/accuracy"] is None
 
 
+def test_steps_in_another_order_have_a_column_that_tells_them_apart():
+    *others, student = family((1,), (0.5,), (0,))
+    pruned = step("Prune", student, 0.9, "prune")
+    late = step("Quantize", pruned, 0.8, "quantize")
+    early = step("Quantize", student, 0.95, "quantize")
+    known = lookup([*others, student, pruned])
+    rows = collect([pruned, early, late], known)
+    assert {row["hash"]: row["after"] for row in rows} == {
+        pruned["key"][:16]: "student", early["key"][:16]: "student", late["key"][:16]: "student > prune"
+    }  # fmt: skip
+    assert "after" in layout(rows)[0] and "after" in varying_settings(rows)
+    in_one_order = collect([pruned, late], known)
+    assert "after" not in layout(in_one_order)[0] and "after" not in varying_settings(in_one_order)
+
+
+@pytest.mark.parametrize(
+    ("stage", "taught", "way"),
+    [
+        ("Distil", True, "one way"),
+        ("Circle", True, "both ways"),
+        ("Circle", False, "each other"),
+        ("MetaDistil", True, "meta"),
+    ],
+)
+def test_a_row_says_who_learns_from_whom(stage: str, taught: bool, way: str):
+    teacher = card("Train", TEACHER_MODEL, 0.99)
+    student = card(stage, STUDENT, 0.97, inputs={"teacher": teacher["key"]} if taught else {})
+    assert collect([student], lookup([teacher]))[0]["way"] == way
+
+
 def test_a_recovery_says_of_which_step_it_is_and_what_it_came_from():
     *_, student = family((1,), (0.5,), (0,))
     pruned = step("Prune", student, 0.4, "prune")
