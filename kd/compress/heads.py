@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kd.compress.measure import hollow, looking
+from kd.compress.measure import watched
 from kd.compress.sites import Site, Touch
 
 
@@ -91,21 +91,11 @@ def _parted(net: nn.Module, path: str, module: Any) -> Any:
 
 def _tokens(net: nn.Module, shape: Sequence[int]) -> dict[str, int]:
     """How many tokens each attention sees, for one sample."""
-    blank = hollow(net)
     found: dict[str, int] = {}
-    handles = []
-    for path, module in blank.named_modules():
-        if hasattr(module, "num_heads") or hasattr(module, "num_attention_heads"):
 
-            def note(module: Any, inputs: Any, output: Any, path: str = path) -> None:
-                if inputs and isinstance(inputs[0], Tensor) and inputs[0].ndim == 3:
-                    found[path] = inputs[0].shape[1]
+    def note(path: str, module: Any, inputs: Any, output: Any) -> None:
+        if inputs and isinstance(inputs[0], Tensor) and inputs[0].ndim == 3:
+            found[path] = inputs[0].shape[1]
 
-            handles.append(module.register_forward_hook(note))
-    first = next((p for p in net.parameters() if p.is_floating_point()), None)
-    dtype = first.dtype if first is not None else torch.get_default_dtype()
-    with looking(blank):
-        blank(torch.empty(1, *shape, dtype=dtype, device="meta"))
-    for handle in handles:
-        handle.remove()
+    watched(net, shape, lambda m: hasattr(m, "num_heads") or hasattr(m, "num_attention_heads"), note)
     return found

@@ -7,7 +7,7 @@ import gzip
 import statistics
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -58,10 +58,10 @@ def macs(net: nn.Module, shape: Sequence[int]) -> int:
     >>> macs(nn.Linear(3, 5), (3,))
     15
     """
-    blank = hollow(net)
+    blank, images = hollow(net), _nothing(net, shape)
     counter = FlopCounterMode(display=False)
     with looking(blank), counter:
-        blank(torch.empty(1, *shape, dtype=_dtype(net), device="meta"))
+        blank(images)
     return int(counter.get_total_flops()) // 2
 
 
@@ -85,8 +85,37 @@ def hollow(net: nn.Module) -> nn.Module:
     return empty
 
 
-def _dtype(net: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.get_default_dtype())
+def _nothing(net: nn.Module, shape: Sequence[int]) -> Tensor:
+    """One sample without data, in the net's own precision."""
+    dtype = next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    return torch.empty(1, *shape, dtype=dtype, device="meta")
+
+
+def watched(
+    net: nn.Module,
+    shape: Sequence[int],
+    which: Callable[[nn.Module], bool],
+    note: Callable[[str, Any, Any, Any], None],
+) -> None:
+    """Show what goes into some modules and comes out of them, for one sample, on a copy without data.
+
+    Args:
+        net: any module of one input.
+        shape: of one sample, such as (C, H, W).
+        which: modules are of interest.
+        note: is called with the path, the module, its inputs as a tuple and its output, in the order that they run.
+
+    >>> net = nn.Sequential(nn.Linear(3, 5), nn.ReLU())
+    >>> def note(path, module, inputs, output): print(path, tuple(inputs[0].shape), tuple(output.shape))
+    >>> watched(net, (3,), lambda module: isinstance(module, nn.Linear), note)
+    0 (1, 3) (1, 5)
+    """
+    blank = hollow(net)
+    for path, module in blank.named_modules():
+        if which(module):
+            module.register_forward_hook(lambda module, inputs, output, path=path: note(path, module, inputs, output))
+    with looking(blank):
+        blank(_nothing(net, shape))
 
 
 def activation_bytes(net: nn.Module, shape: Sequence[int]) -> int:
@@ -101,43 +130,56 @@ def activation_bytes(net: nn.Module, shape: Sequence[int]) -> int:
     >>> activation_bytes(nn.Sequential(nn.Linear(2, 8), nn.Linear(8, 4)), (2,))  # 2 + 8 + 4 numbers
     56
     """
-    empty, held = hollow(net), _Held()
-    images = torch.empty(1, *shape, dtype=_dtype(net), device="meta")
-    held.add(images)
+    empty, images = hollow(net), _nothing(net, shape)
+    held = Storages()
+    held.note(images, made=True)
     with looking(empty), held:
         empty(images)
-    return held.most
+    return held.peak
 
 
-class _Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the memory of the tensors that are alive, each storage once."""
+class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of the storages that operations made and that something still refers to, each once.
+
+    `now` are there, and `peak` were at the most.
+
+    >>> with Storages() as held:
+    ...     kept = (torch.zeros(10) + 1).view(2, 5) * 2
+    >>> held.now, held.peak
+    (40, 80)
+    """
 
     def __init__(self) -> None:
+        """Nothing is counted yet."""
         super().__init__()  # type: ignore[no-untyped-call]
-        self.sizes: dict[int, int] = {}
-        self.now = self.most = 0
-
-    def add(self, tensor: Tensor) -> None:
-        """Count a tensor's memory until it is let go of."""
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self.sizes:
-            self.sizes[storage._cdata] = storage.nbytes()
-            self.now += storage.nbytes()
-            self.most = max(self.most, self.now)
-            weakref.finalize(storage, self.drop, storage._cdata)
-
-    def drop(self, key: int) -> None:
-        """It is let go of."""
-        self.now -= self.sizes.pop(key, 0)
+        self.now = self.peak = 0
+        self.seen: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation and count what it makes: no weight, and nothing that looks at what is there."""
-        output = func(*args, **(kwargs or {}))
-        known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        for tensor in tree_leaves(output):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in known:
-                self.add(tensor)
-        return output
+        """Run an operation: what it is given was there before, what it gives and was not yet seen it made."""
+        for value in tree_leaves((args, kwargs)):
+            self.note(value, made=False)
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            self.note(value, made=True)
+        return result
+
+    def note(self, value: Any, made: bool) -> None:
+        """See a tensor's storage; where it is for the first time, count it if it was made."""
+        if not isinstance(value, Tensor):
+            return
+        storage = value.untyped_storage()
+        place, size = storage._cdata, storage.nbytes() if made else 0
+        if place in self.seen:
+            return
+
+        def gone(_: object) -> None:
+            self.now -= size
+            self.seen.pop(place, None)
+
+        self.seen[place] = weakref.ref(storage, gone)
+        self.now += size
+        self.peak = max(self.peak, self.now)
 
 
 def stored_bytes(net: nn.Module) -> int:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd.compress.lowrank import factorise, ranks, spectrum, weights
-from kd.compress.measure import hollow, looking, macs
+from kd.compress.measure import looking, macs, watched
 from kd.compress.structure import replace
 from kd.errors import InputError
 
@@ -191,27 +191,17 @@ class Prices:
 
 def _places(net: nn.Module, shape: Sequence[int]) -> dict[str, tuple[tuple[int, int], tuple[int, int]]]:
     """Height and width of what goes into each layer and comes out; of linear layers the number of vectors and 1."""
-    blank = hollow(net)
     found: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {}
-    handles = []
-    for path, module in blank.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
 
-            def note(module: nn.Module, inputs: Any, output: Tensor, path: str = path) -> None:
-                if isinstance(module, nn.Linear):
-                    count = output.numel() // output.shape[-1]
-                    found[path] = (count, 1), (count, 1)
-                else:
-                    sides = [(int(t.shape[-2]), int(t.shape[-1])) for t in (inputs[0], output)]
-                    found[path] = sides[0], sides[1]
+    def note(path: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        if isinstance(module, nn.Linear):
+            count = output.numel() // output.shape[-1]
+            found[path] = (count, 1), (count, 1)
+        else:
+            sides = [(int(t.shape[-2]), int(t.shape[-1])) for t in (inputs[0], output)]
+            found[path] = sides[0], sides[1]
 
-            handles.append(module.register_forward_hook(note))
-    first = next((p for p in net.parameters() if p.is_floating_point()), None)
-    dtype = first.dtype if first is not None else torch.get_default_dtype()
-    with looking(blank):
-        blank(torch.empty(1, *shape, dtype=dtype, device="meta"))
-    for handle in handles:
-        handle.remove()
+    watched(net, shape, lambda module: isinstance(module, nn.Linear | nn.Conv2d), note)
     return found
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kd.compress.measure import hollow, looking, macs
+from kd.compress.measure import looking, macs, watched
 
 CONVS = (nn.modules.conv._ConvNd,)
 NORMS = (nn.modules.batchnorm._BatchNorm,)
@@ -305,30 +305,21 @@ def _recurrent_weights(module: Any, fewer_inputs: int, fewer_units: int) -> tupl
 
 def _layer_macs(net: nn.Module, shape: Sequence[int]) -> dict[str, float]:
     """Products of each convolution, linear and recurrent layer, for one sample."""
-    blank = hollow(net)
     found: dict[str, float] = {}
-    handles = []
-    for path, module in blank.named_modules():
 
-        def note(module: Any, inputs: Any, output: Any, path: str = path) -> None:
-            if isinstance(module, nn.RNNBase):
-                steps = inputs[0].numel() // inputs[0].shape[-1]
-                found[path] = found.get(path, 0) + steps * _recurrent_weights(module, 0, 0)[0]
-            elif isinstance(module, nn.Linear):
-                found[path] = found.get(path, 0) + output.numel() * module.in_features
-            elif module.transposed:
-                found[path] = found.get(path, 0) + inputs[0].numel() * module.weight[0].numel()
-            else:
-                found[path] = found.get(path, 0) + output.numel() * module.weight[0].numel()
+    def note(path: str, module: Any, inputs: Any, output: Any) -> None:
+        if isinstance(module, nn.RNNBase):
+            steps = inputs[0].numel() // inputs[0].shape[-1]
+            count = steps * _recurrent_weights(module, 0, 0)[0]
+        elif isinstance(module, nn.Linear):
+            count = output.numel() * module.in_features
+        elif module.transposed:
+            count = inputs[0].numel() * module.weight[0].numel()
+        else:
+            count = output.numel() * module.weight[0].numel()
+        found[path] = found.get(path, 0) + count
 
-        if isinstance(module, (*CONVS, nn.Linear, nn.RNNBase)):
-            handles.append(module.register_forward_hook(note))
-    first = next((p for p in net.parameters() if p.is_floating_point()), None)
-    dtype = first.dtype if first is not None else torch.get_default_dtype()
-    with looking(blank):
-        blank(torch.empty(1, *shape, dtype=dtype, device="meta"))
-    for handle in handles:
-        handle.remove()
+    watched(net, shape, lambda module: isinstance(module, (*CONVS, nn.Linear, nn.RNNBase)), note)
     return found
 
 

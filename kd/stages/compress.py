@@ -112,7 +112,7 @@ def _mark(
     now = result["metrics"]["val/accuracy"]
     known = [a.card.get("metrics", {}).get("val/accuracy") for a in (before, teacher) if a is not None]
     was = max((value for value in known if value is not None), default=now)
-    if not now - chance < LOST * (was - chance):
+    if was <= chance or now - chance >= LOST * (was - chance):
         return {}
     room.tell(
         {

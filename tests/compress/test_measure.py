@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from kd.compress import measure
-from kd.compress.measure import activation_bytes, cost, looking, macs, milliseconds, stored_bytes
+from kd.compress.measure import activation_bytes, cost, looking, macs, milliseconds, stored_bytes, watched
 from kd.models import Normalised, Taps, create
 
 
@@ -156,6 +156,22 @@ def test_cost_on_a_gpu_is_that_of_the_cpu_but_for_time() -> None:
     there = cost(net.cuda(), (1, 28, 28))
     assert {key: there[key] for key in here} == here and there["latency_ms_batch64"] > 0
     assert torch.cuda.get_rng_state().equal(state)
+
+
+def test_what_modules_are_given_is_seen_without_data_in_the_nets_own_precision_and_leaves_no_trace() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout(), nn.Flatten(), nn.Linear(4 * 36, 2)).bfloat16().train()
+    seen: list[Any] = []
+    watched(
+        net,
+        (3, 8, 8),
+        lambda module: isinstance(module, nn.Linear | nn.Conv2d),
+        lambda path, module, inputs, output: seen.append((path, inputs[0].shape, output.shape, output.dtype)),
+    )
+    assert seen == [
+        ("0", (1, 3, 8, 8), (1, 4, 6, 6), torch.bfloat16),
+        ("3", (1, 144), (1, 2), torch.bfloat16),
+    ]
+    assert net.training and not any(module._forward_hooks for module in net.modules())
 
 
 def test_activations_are_counted_while_something_holds_them() -> None:

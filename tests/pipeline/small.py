@@ -37,6 +37,14 @@ def made(store: Path, *words: str) -> tuple[list[str], dict[str, Any]]:
     return ran, artifact.card
 
 
+def cards(store: Path, *words: str) -> tuple[list[str], dict[str, dict[str, Any]], dict[str, Path]]:
+    """Run it here; the stages that ran, each stage's card and folder."""
+    one, run = planned(store, *words)
+    ran = execute(one, Store(store), run)
+    found = {node.name: Store(store).get(node.key) for node in one.nodes}
+    return ran, {n: a.card for n, a in found.items() if a}, {n: a.path for n, a in found.items() if a}
+
+
 def kill_at(moment: str, at: int, one: Plan, run: Run, tell: Any) -> None:
     """Run a plan and die by SIGKILL when the student's training reaches a moment for the ``at``-th time."""
     from kd.stages import image

@@ -6,8 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from kd.pipeline.execute import execute
-from kd.store import Store
+from tests.pipeline import small
 from tests.pipeline.small import planned
 
 WORDS = (
@@ -19,10 +18,7 @@ BOTH = ("compress=[prune,lowrank]", "lowrank.least=4", "lowrank.by=energy", "low
 
 def cards(store: Path, *words: str) -> tuple[list[str], dict[str, dict[str, Any]], dict[str, Path]]:
     """Run it; the stages that ran, each stage's card and folder."""
-    one, run = planned(store, *WORDS, *words)
-    ran = execute(one, Store(store), run)
-    found = {node.name: Store(store).get(node.key) for node in one.nodes}
-    return ran, {n: a.card for n, a in found.items() if a}, {n: a.path for n, a in found.items() if a}
+    return small.cards(store, *WORDS, *words)
 
 
 def key(*words: str) -> str:

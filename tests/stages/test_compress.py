@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,10 @@ from kd.pipeline.execute import check, execute
 from kd.pipeline.plan import in_order
 from kd.pipeline.reproduce import judge, lineage
 from kd.stages import FineTune, LowRank, Prune
-from kd.store import Store
+from kd.stages.base import Room
+from kd.stages.compress import _mark
+from kd.store import Artifact, Store
+from kd.training.settings import Run
 from tests.pipeline.small import planned
 from tests.stages.compressing import BOTH, WORDS, cards
 
@@ -99,6 +103,16 @@ def test_a_network_that_collapses_is_kept_marked_and_said(tmp_path: Path) -> Non
     found = Store(tmp_path).get(one.key)
     assert found is not None and found.card["marks"] == ["collapsed"]
     assert any("prune: the accuracy on validation collapsed from 0." in line and "is kept" in line for line in lines)
+
+
+@pytest.mark.parametrize(("before", "now", "marks"), [(0.9, 0.4, 1), (0.9, 0.6, 0), (0.1, 0.1, 0), (0.08, 0.07, 0)])
+def test_what_had_nothing_above_chance_cannot_collapse(before: float, now: float, marks: int) -> None:
+    lines: list[Any] = []
+    splits: Any = SimpleNamespace(classes=list(range(10)))
+    room = Room(Run(), Path(), tell=lines.append)
+    source = Artifact("k", Path(), {"metrics": {"val/accuracy": before}})
+    found = _mark({"metrics": {"val/accuracy": now}}, source, None, splits, room)
+    assert len(found) == len(lines) == marks
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from kd.pipeline.reproduce import judge, lineage
 from kd.stages.base import Room
 from kd.stages.splits import load_data
 from kd.store import Store
+from tests.pipeline import small
 from tests.pipeline.small import planned
 
 WORDS = (
@@ -31,10 +32,7 @@ WORDS = (
 
 def cards(store: Path, *words: str) -> tuple[list[str], dict[str, dict[str, Any]], dict[str, Path]]:
     """Run it; the stages that ran, each stage's card and folder."""
-    one, run = planned(store, *WORDS, *words)
-    ran = execute(one, Store(store), run)
-    found = {node.name: Store(store).get(node.key) for node in one.nodes}
-    return ran, {n: a.card for n, a in found.items() if a}, {n: a.path for n, a in found.items() if a}
+    return small.cards(store, *WORDS, *words)
 
 
 @pytest.fixture(scope="module")
