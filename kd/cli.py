@@ -671,6 +671,25 @@ def bench_compress(
     _json(rows) if as_json else _print(table)
 
 
+@bench.command("topology")
+def bench_topology(
+    words: Words = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds of each topology.")] = 7,
+    steps: Annotated[int, typer.Option(min=1, help="Steps a round.")] = 20,
+    as_json: Json = False,
+) -> None:
+    """Time and memory of a step with 1, 2, 4 teachers, live or stored, and of networks that learn together.
+
+    Each is compared with the student alone in the same round. Weights are random: it says nothing about accuracy.
+
+    Example: kd bench topology data=mnist
+    """
+    from kd.benching.topology import bench_topology as measure
+
+    rows, table = measure(words or [], rounds, steps)
+    _json(rows) if as_json else _print(table)
+
+
 @bench.command("sweep")
 def bench_sweep(
     words: Words = None,

@@ -112,7 +112,7 @@ def probe(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     seen: dict[str, list[float]] = {}
-    batches = _for_ever(loader)
+    batches = for_ever(loader)
     begun = time.perf_counter()
     for step in range(looked + timed):
         if step >= looked + 1 and time.perf_counter() - begun > PATIENCE:
@@ -121,7 +121,7 @@ def probe(
         seed_step(seed, step)
         module.at(step / len(loader), fit.epochs)
         module.gradients_due = step < looked
-        total = _step(module, _as(next(batches), fit), step, optimiser, _mixed(fit, device), found)
+        total = _step(module, in_precision(next(batches), fit), step, optimiser, mixed(fit, device), found)
         found.parts.append({name: part.item() for name, part in module.parts.items()})
         found.losses.append(total)
         if step < looked:
@@ -175,18 +175,21 @@ def _step(
     return first[0]
 
 
-def _mixed(fit: Fit, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+def mixed(fit: Fit, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    """A context for each step: autocast where the precision is a mixed one."""
     kind = _MIXED.get(fit.precision)
     return nullcontext if kind is None else lambda: torch.autocast(device.type, kind)
 
 
-def _as(batch: Batch, fit: Fit) -> Batch:
+def in_precision(batch: Batch, fit: Fit) -> Batch:
+    """A batch as a training in double precision is given it, or as it is."""
     if fit.precision != "64-true":
         return batch
     return {name: value.double() if value.is_floating_point() else value for name, value in batch.items()}
 
 
-def _for_ever(loader: EpochLoader) -> Iterator[Batch]:
+def for_ever(loader: EpochLoader) -> Iterator[Batch]:
+    """The batches of all epochs, from the first one on."""
     epoch = 0
     while True:
         yield from loader.batches(epoch)
