@@ -28,6 +28,7 @@ SHAPES = ("256x100", "256x1000", "2048x50257", "64xmaps")
 TARGET = 3.0  # of plain KL's time, for a loss on the response at 1000 classes
 ROWS = 50_000  # samples of the split, for a loss that remembers them
 CLASSES = 100  # beside layers
+BRANCHES = 3  # of one network
 LARGE = 2**22  # logits from which a fraction of the rows is looked at first
 # (channels, height, width) of a layer of the student and of the teacher: two stages, of which the deeper is the last.
 STAGES = (((64, 16, 16), (128, 8, 8)), ((128, 16, 16), (256, 8, 8)))
@@ -149,7 +150,7 @@ class _Bench:
         self.names, self.families, self.dtype = names, families, dtype
         self.overrides, self.memory, self.seconds = list(overrides), memory * 2**30, seconds
         self.device = device_of(Run(**jobs(["run.wandb=disabled", *overrides])[0][0].config["run"]))
-        self.made: dict[tuple[str, tuple[int, ...]], Tensor] = {}  # all losses are given the same
+        self.made: dict[tuple[str, tuple[int, ...], int], Tensor] = {}  # all losses are given the same
         self.clock: Callable[[], float] = time.process_time if self.device.type == "cpu" else _waited
 
     def measure(self, shape: str, size: tuple[int, ...], rounds: int) -> list[dict[str, Any]]:
@@ -239,21 +240,25 @@ class _Bench:
             return torch.arange(math.prod(tokens), device=self.device).reshape(tokens) % classes
         several = not isinstance(views, str)
         shapes = [shape for view in (views if several else [views]) for shape in _layers(role, view, size)]
-        made = [self._made(role, shape) for shape in shapes]
+        made = [self._made(role, shape, shapes[:at].count(shape)) for at, shape in enumerate(shapes)]
         return made if several or len(made) > 1 else made[0]
 
-    def _made(self, role: str, shape: tuple[int, ...]) -> Tensor:
-        """The numbers of a role, drawn row by row, so that no second copy is made on the way to half precision."""
+    def _made(self, role: str, shape: tuple[int, ...], number: int = 0) -> Tensor:
+        """The numbers of a role, drawn row by row, so that no second copy is made on the way to half precision.
+
+        Those of one shape that a loss is given together, as branches are, differ by their number.
+        """
         import torch
 
-        if (role, shape) not in self.made:
-            generator = torch.Generator(self.device).manual_seed(len(role))
+        key = role, shape, number
+        if key not in self.made:
+            generator = torch.Generator(self.device).manual_seed(len(role) + 100 * number)
             made = torch.empty(shape, device=self.device, dtype=self.dtype)
             for row in made:
                 row.copy_(3 * torch.randn(row.shape, generator=generator, device=self.device))
             # The teacher is frozen; the gradient of a feature goes on into the student.
-            self.made[role, shape] = made.requires_grad_(role != "teacher")
-        return self.made[role, shape]
+            self.made[key] = made.requires_grad_(role != "teacher")
+        return self.made[key]
 
     def _plain(self, case: Case) -> Case:
         """The plain KL of as many numbers as the student's views have; of the same logits where they are logits."""
@@ -314,7 +319,7 @@ def _waited() -> float:
 
 
 def _on_logits(term: Mapping[str, Any]) -> bool:
-    return bool(term["student"] == "student.logits")
+    return term["student"] in ("student.logits", "student.branches")
 
 
 def _fraction(size: tuple[int, ...], at: int, parts: int) -> tuple[int, ...]:
@@ -329,8 +334,10 @@ def _layers(role: str, view: str, size: tuple[int, ...]) -> list[tuple[int, ...]
     """The shapes of what a view names: logits, or layers of two nets of the usual widths."""
     side, _, name = view.partition(".")
     place = 0 if side == "student" else 1
-    if layer(name) == "logits":
+    if layer(name) in ("logits", "ensemble"):
         return [_logits(size)]
+    if layer(name) == "branches":
+        return [_logits(size)] * BRANCHES
     if layer(name) in ("stages", "preactivations"):
         return [(size[0], *stage) for stage in STAGES[place]]
     part = "feature" if role == "feature" else layer(name) if layer(name) in PARTS else "last"

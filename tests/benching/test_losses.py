@@ -24,7 +24,7 @@ def test_every_loss_is_measured_on_logits_or_on_layers():
     assert not skipped
     assert all(row["seconds"] > 0 and row["ratio"] > 0 and row["bytes"] > 0 for row in rows)
     shapes = {row["loss"]: row["shape"] for row in rows}
-    assert {shapes[name] for name in ON_RESPONSE} == {"4x5"} and shapes["hint"] == shapes["rkd"] == "3xmaps"
+    assert {shapes[name] for name in (*ON_RESPONSE, "one")} == {"4x5"} and shapes["hint"] == shapes["rkd"] == "3xmaps"
     shown = text(table)
     assert "4x5, float32" in shown and "3xmaps, float32" in shown and "at each of five" in shown
 
