@@ -11,6 +11,7 @@ Each is a function of how many epochs are done alone, so that a resumed run goes
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,20 +21,20 @@ from kd.errors import InputError
 PREFIX = "kd.schedules."
 
 
-class Schedule:
+class Schedule(ABC):
     """What every schedule is."""
 
+    @abstractmethod
     def at(self, epoch: float, epochs: int) -> float:
         """The number where `epoch` of `epochs` are done, 2.5 in the middle of the third."""
-        raise NotImplementedError
 
+    @abstractmethod
     def ends(self) -> list[float]:
         """The numbers between which all others lie, the first one first."""
-        raise NotImplementedError
 
+    @abstractmethod
     def __str__(self) -> str:
         """A few words for a table."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

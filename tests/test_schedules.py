@@ -26,6 +26,18 @@ LINEAR = {"_target_": "kd.schedules.Linear", "start": 0.0, "end": 0.9, "last": 5
 LOGITS = {"student": "student.logits", "teacher": "teacher.logits"}
 
 
+def test_a_schedule_that_does_not_say_where_it_ends_is_not_made() -> None:
+    class Half(Schedule):
+        def at(self, epoch: float, epochs: int) -> float:
+            return 1.0
+
+        def __str__(self) -> str:
+            return "half"
+
+    with pytest.raises(TypeError, match=r"abstract method '?ends"):
+        Half()  # type: ignore[abstract]
+
+
 @pytest.mark.parametrize("kind", [Linear, Cosine])
 @pytest.mark.parametrize(("start", "end"), [(0.1, 0.9), (0.9, 0.0), (8, 1), (1 / 3, 2 / 3)])
 def test_a_schedule_is_exact_at_its_ends_and_between_them_elsewhere(kind: Any, start: float, end: float) -> None:

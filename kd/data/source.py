@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -48,7 +49,7 @@ _IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".ti
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class Source(ABC):
     """What all data sets have in common.
 
     Args:
@@ -220,17 +221,17 @@ class Source:
         """The folder that names in the content digest are relative to."""
         return root
 
+    @abstractmethod
     def _find(self, root: Path) -> list[Path]:
         """All files of the set, in a fixed order, or none of them if one is absent."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _read(self, root: Path, memory_bytes: int, cache: Path | None) -> tuple[dict[str, Split], tuple[str, ...]]:
         """The parts the files have (train and test; validation if there is one of its own) and the class names."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _train_count(self, root: Path) -> tuple[int, bool]:
         """Samples in the files' train part, and whether validation is a part of its own."""
-        raise NotImplementedError
 
     def _missing(self, root: Path) -> str:
         return f"{self.name}: no {self.WHERE} in {root} (the folder is KD_DATA or run.data_dir)"
@@ -347,6 +348,9 @@ class Synthetic(Source):
 
     def files(self, root: Path) -> list[Path]:
         """None: the images are made."""
+        return self._find(root)
+
+    def _find(self, root: Path) -> list[Path]:
         return []
 
     def content_digest(self, root: Path, cache: Path) -> str:

@@ -57,6 +57,15 @@ def test_each_set_has_its_yaml_and_each_yaml_its_set() -> None:
     assert sorted(config(path.stem)["_target_"] for path in YAML) == sorted(f"kd.data.{c.__name__}" for c in classes)
 
 
+def test_a_set_that_does_not_say_how_it_is_read_is_not_made() -> None:
+    class Half(Source):
+        def _find(self, root: Path) -> list[Path]:
+            return []
+
+    with pytest.raises(TypeError, match=r"abstract methods '?_read'?, '?_train_count"):
+        Half(name="half", version=1, num_classes=2, channels=1, size=8)  # type: ignore[abstract,call-arg]
+
+
 @pytest.mark.parametrize("path", YAML, ids=lambda path: path.stem)
 def test_a_yaml_lists_every_field_and_builds(path: Path) -> None:
     fields = config(path.stem)
