@@ -7,7 +7,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from kd.report.figures import COLOURS, CYCLE, SYMBOLS, errors, label, percent, safe, styled
-from kd.report.rows import ACCURACY, STEPS, TEACHER, Row, number, varying_settings
+from kd.report.rows import ACCURACY, STEPS, TEACHER, Row, number, played, varying_settings
 from kd.report.tables import cell, title
 
 if TYPE_CHECKING:
@@ -112,8 +112,8 @@ def accuracy_by_cost(groups: Sequence[Row], costs: Sequence[str] = PANELS, colum
 
 
 def _has(group: Row, cost: str, column: str) -> bool:
-    played = cost.startswith("latency") and STEPS["Quantize"] in (group["role"], group.get("recovers"))
-    return bool(number(group.get(cost))) and number(group.get(column)) is not None and not played
+    timed = not (cost.startswith("latency") and played(group))
+    return bool(number(group.get(cost))) and number(group.get(column)) is not None and timed
 
 
 def _stage(group: Row) -> str:

@@ -134,6 +134,17 @@ def number(value: Any) -> float | None:
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
+def played(row: Row) -> bool:
+    """Whether a network computes with integers as torch plays them: its time says nothing of its file's.
+
+    >>> played({"role": "quantized"}), played({"role": "recovered", "recovers": "quantized"})
+    (True, True)
+    >>> played({"role": "exported"})
+    False
+    """
+    return STEPS["Quantize"] in (row.get("role"), row.get("recovers"))
+
+
 def is_measured(column: str) -> bool:
     """Whether a column is a result, not a setting.
 

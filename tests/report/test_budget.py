@@ -10,7 +10,7 @@ import pytest
 from kd.errors import InputError
 from kd.report.budget import Limit, Weighed, closest, limit, told, weigh
 from kd.report.rows import CHOICE, collect, number
-from tests.report.cards import STUDENT, card, compression, family, lookup
+from tests.report.cards import STUDENT, card, compression, family, lookup, step
 
 
 def weighed(made: list[dict[str, Any]], **asked: str) -> tuple[Weighed, list[Limit]]:
@@ -128,6 +128,17 @@ def test_what_was_not_measured_falls_out() -> None:
             one["cost"].pop("latency_ms_batch1", None)
     found, limits = weighed(made, ms="10")
     assert not found.fitting and closest(found, limits) == "no model is within --max-ms 10: its ms are not known"
+
+
+def test_integers_that_torch_plays_have_no_time_to_be_chosen_by() -> None:
+    made = compression(seeds=(0,), amounts=(0.3,))
+    recovered = next(c for c in made if c["stage"] == "prune_recover")
+    made.append(step("Quantize", recovered, 0.985, "quantize"))
+    found, _ = weighed(made, ms="10")
+    [row] = [row for row in found.others if row["role"] == "quantized"]
+    assert row["why"] == "torch only plays its integers: kd export times its file"
+    assert found.fitting[0]["role"] == "teacher"
+    assert any(row["role"] == "quantized" for row in weighed(made, bytes="1M")[0].fitting)
 
 
 def test_a_student_alone_is_beside_the_teacher_and_without_one_nothing_is() -> None:
