@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from kd.data import Splits
     from kd.models import Normalised
 
+STARTED = "started_from"  # of a card: the accuracy on validation that the network had before its first step
 LOST = 0.5  # of what a network had above chance: when a stage loses more, the network is marked as collapsed
 
 
@@ -80,7 +81,7 @@ def _compressed(
         **({"latency": timings} if timings else {}),
         "fingerprints": {"data": data_print(data, room)},
     }
-    return {**result, **_mark(result, model, None, splits, room)}
+    return {**result, **_mark(result, model, splits, room)}
 
 
 def shape_of(data: Config) -> tuple[int, int, int]:
@@ -104,16 +105,18 @@ def in_turns(net: Normalised, before: Normalised, shape: tuple[int, int, int]) -
     return found
 
 
-def _mark(
-    result: Mapping[str, Any], before: Artifact, teacher: Artifact | None, splits: Splits, room: Room
-) -> dict[str, Any]:
-    """`marks` for the card where the network lost most of what it, or its teacher, had above chance on validation."""
+def _mark(result: Mapping[str, Any], before: Artifact, splits: Splits, room: Room) -> dict[str, Any]:
+    """For the card: the validation accuracy before the first step, and `marks` where most of it above chance is lost.
+
+    A recovery follows a step that may have lost all of it, so what a network began with is handed on from step to step.
+    """
     chance = 1 / len(splits.classes)
     now = result["metrics"]["val/accuracy"]
-    known = [a.card.get("metrics", {}).get("val/accuracy") for a in (before, teacher) if a is not None]
-    was = max((value for value in known if value is not None), default=now)
+    given = before.card.get("metrics", {}).get("val/accuracy")
+    was = max((value for value in (before.card.get(STARTED), given) if value is not None), default=now)
+    kept = {STARTED: was}
     if was <= chance or now - chance >= LOST * (was - chance):
-        return {}
+        return kept
     room.tell(
         {
             "event": "say",
@@ -121,7 +124,7 @@ def _mark(
             f"{chance:.3f}); the network is kept and marked",
         }
     )
-    return {"marks": ["collapsed"]}
+    return {**kept, "marks": ["collapsed"]}
 
 
 def _calibration(splits: Splits, samples: int, seed: int, size: int, run: Run) -> Calibration | None:

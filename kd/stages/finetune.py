@@ -86,4 +86,4 @@ class FineTune:
         heard = {role: artifact for role, artifact in inputs.items() if role != "model"}
         result = train_net(self, student, heard, splits, out, room, recipe, masks)
         result["cost"]["gzip_bytes"] = file_bytes(out / WEIGHTS)["gzip_bytes"]
-        return {**result, **_mark(result, inputs["model"], inputs.get("teacher"), splits, room)}
+        return {**result, **_mark(result, inputs["model"], splits, room)}

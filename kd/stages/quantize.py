@@ -174,7 +174,7 @@ class Quantize:
         masks = zeros(student.net, list(masked(recipe["structure"])))
         heard = {"teacher": inputs.get("teacher", source)}
         result = train_net(self, student, heard, splits, out, room, recipe, masks, finish=lambda net: [finished(net)])
-        marks = _mark(result, source, inputs.get("teacher"), splits, room)
+        marks = _mark(result, source, splits, room)
         return {**result, **found[0].card, **marks}
 
     def _images(self, split: Split, room: Room) -> tuple[list[torch.Tensor], torch.Tensor]:

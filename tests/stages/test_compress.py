@@ -19,7 +19,7 @@ from kd.pipeline.plan import in_order
 from kd.pipeline.reproduce import judge, lineage
 from kd.stages import FineTune, LowRank, Prune
 from kd.stages.base import Room
-from kd.stages.compress import _mark
+from kd.stages.compress import STARTED, _mark
 from kd.store import Artifact, Store
 from kd.training.settings import Run
 from tests.pipeline.small import planned
@@ -105,14 +105,27 @@ def test_a_network_that_collapses_is_kept_marked_and_said(tmp_path: Path) -> Non
     assert any("prune: the accuracy on validation collapsed from 0." in line and "is kept" in line for line in lines)
 
 
-@pytest.mark.parametrize(("before", "now", "marks"), [(0.9, 0.4, 1), (0.9, 0.6, 0), (0.1, 0.1, 0), (0.08, 0.07, 0)])
-def test_what_had_nothing_above_chance_cannot_collapse(before: float, now: float, marks: int) -> None:
+@pytest.mark.parametrize(
+    ("start", "before", "now", "marks"),
+    [
+        (None, 0.9, 0.4, True),
+        (None, 0.9, 0.6, False),
+        (None, 0.1, 0.1, False),
+        (None, 0.08, 0.07, False),
+        (0.9, 0.2, 0.4, True),  # a recovery is measured by what the network began with, not by the wreck it was given
+        (0.9, 0.2, 0.6, False),
+    ],
+)
+def test_a_network_collapses_that_loses_most_of_what_it_had_above_chance(
+    start: float | None, before: float, now: float, marks: bool
+) -> None:
     lines: list[Any] = []
     splits: Any = SimpleNamespace(classes=list(range(10)))
     room = Room(Run(), Path(), tell=lines.append)
-    source = Artifact("k", Path(), {"metrics": {"val/accuracy": before}})
-    found = _mark({"metrics": {"val/accuracy": now}}, source, None, splits, room)
-    assert len(found) == len(lines) == marks
+    source = Artifact("k", Path(), {"metrics": {"val/accuracy": before}, **({STARTED: start} if start else {})})
+    found = _mark({"metrics": {"val/accuracy": now}}, source, splits, room)
+    assert ("marks" in found) is bool(lines) is marks
+    assert found[STARTED] == (start or before)
 
 
 @pytest.mark.parametrize(
