@@ -66,7 +66,8 @@ def _made(store: Store, found: Artifact, form: str, words: tuple[str, ...]) -> A
         raise InputError(
             f"{short(source.key)} is a {source.card.get('stage')}, which holds no network; `kd ls` shows those that do"
         )
-    config = Export.settled({"data": source.card["document"]["config"]["data"], "format": form, "margin": MARGIN})
+    data = source.card["document"]["config"]["data"]
+    config = Export.settled({**Export.SINCE, "data": data, "format": form, "margin": MARGIN})
     text = document("kd.stages.Export", Export.VERSION, config, {"model": source.key}, Export.SINCE)
     node = Node("export", digest(text), text, {"model": source.key}, {})
     if (known := store.get(node.key)) is not None:
