@@ -36,7 +36,7 @@ STEPS = {
 }  # what a list of compress may name, each a group of its own
 ROOT_KEYS = {"teacher", "student", "data", "loss", "fit", "teacher_fit", "labels", "pipeline", "run", *STEPS}
 ROOT_KEYS |= {"mix", "assistant_fit"} | {"circle", "back"}  # of several teachers; of networks that learn together
-ROOT_KEYS |= {"born_again", "one", "objective"}
+ROOT_KEYS |= {"born_again", "one", "objective", "dream"}
 # Of models, for the pipelines that have several; and of steps.
 LISTS = {"teachers": "resnet34,resnet18", "assistants": "resnet34,resnet18", "students": "resnet34,resnet18"}
 LISTS |= {"compress": "prune,lowrank"}

@@ -120,11 +120,11 @@ class _Desk:
 
     def _last(self, node: Node, plan: Plan, run: Run, found: Examined) -> None:
         """The checks of the stage that the command is about."""
-        from kd.stages.splits import load_data
+        from kd.stages.splits import learnt_from
 
         stage = build_stage(node.document, run.trusted)
-        splits = load_data(stage.data, self._room(run))
         there = {role: self.store.get(key) for role, key in node.inputs.items()}
+        splits = learnt_from(stage.data, self._images(node), self._room(run))
         found.checks.append(self._stages(plan))
         for role in teachers(node.inputs):
             artifact = there.get(role)
@@ -141,6 +141,11 @@ class _Desk:
                 found.checks.append(_of(role, one))
         trained = all(there.get(role) is not None for role in teachers(node.inputs))
         found.checks += self._steps(node, stage, made, splits, run, trained)
+
+    def _images(self, node: Node) -> dict[str, Artifact]:
+        """The images that a stage learns from; until they are made, those of the data stand for them."""
+        found = self.store.get(node.inputs["images"]) if "images" in node.inputs else None
+        return {} if found is None else {"images": found}
 
     def _stages(self, plan: Plan) -> Check:
         states = [
@@ -299,10 +304,10 @@ class _Desk:
 
     def _cost(self, node: Node, plan: Plan, run: Run) -> Cost:
         """Of one stage that is not there."""
-        from kd.stages.splits import load_data
+        from kd.stages.splits import learnt_from
 
         kind = resolve(node.document["stage"])
-        splits = load_data(node.config["data"], self._room(run))
+        splits = learnt_from(node.config["data"], self._images(node), self._room(run))
         if hasattr(kind, "forecast"):
             return self._labels_cost(node, kind, splits, plan, run)
         stage = build_stage(node.document, run.trusted)

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kd.data.dreams import SHARD
 from kd.data.labels import shard
 from kd.errors import KDError
 from kd.instantiate import resolve
@@ -208,10 +209,10 @@ def _same_maker(work: Path, maker: dict[str, Any], tell: Tell) -> None:
     note = work / "maker"
     known = note.read_text() if note.exists() else None
     if known != canonical(maker):
-        if any((work / name).exists() for name in (CHECKPOINT, shard(0, 0))):
+        if any(any(work.glob(name)) for name in (CHECKPOINT, shard(0, 0), SHARD)):
             tell({"event": "say", "line": f"what is there was made by {_changed(known, maker)}: starting over"})
         # The note last: a kill in between must not leave an old checkpoint under a new note.
-        for path in (work / CHECKPOINT, work / HISTORY, *work.glob("labels-v*")):
+        for path in (work / CHECKPOINT, work / HISTORY, *work.glob("labels-v*"), *work.glob(SHARD)):
             path.unlink(missing_ok=True)
         write_text(note, canonical(maker))
 

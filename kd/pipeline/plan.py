@@ -66,7 +66,8 @@ def outlook(plans: Sequence[Plan], store: Store, run: Run) -> dict[str, str]:
     """
     texts: dict[str, str] = {}
     total = 0
-    for node in {node.key: node for one in plans for node in one.nodes}.values():
+    by_key = {node.key: node for one in plans for node in one.nodes}
+    for node in by_key.values():
         kind = resolve(node.document["stage"])
         if not hasattr(kind, "forecast"):
             continue
@@ -76,7 +77,12 @@ def outlook(plans: Sequence[Plan], store: Store, run: Run) -> dict[str, str]:
             if wrong := kind.flaw(found):
                 raise InputError(f"{node.name} {short(node.key)}: {wrong}; remove it with `kd rm {short(node.key)}`")
         elif config["views"] is not None:
-            samples = _source(config["data"], run).training_samples(Path(run.data_dir).expanduser())
+            made = by_key.get(node.inputs.get("images", ""))
+            samples = (
+                int(made.config["samples"])
+                if made is not None
+                else _source(config["data"], run).training_samples(Path(run.data_dir).expanduser())
+            )
             count, texts[node.key] = kind.forecast(config, samples, store.work(node.key))
             total += count
     place = next(path for path in (store.root, *store.root.parents) if path.exists())

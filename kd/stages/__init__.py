@@ -4,6 +4,7 @@ from kd.stages.base import Room, Stage
 from kd.stages.branches import Branches
 from kd.stages.circle import Circle
 from kd.stages.compare import Compare
+from kd.stages.dream import Dream
 from kd.stages.ensemble import Ensemble
 from kd.stages.export import Export
 from kd.stages.finetune import FineTune
@@ -20,6 +21,7 @@ __all__ = [
     "Circle",
     "Compare",
     "Distil",
+    "Dream",
     "Ensemble",
     "Export",
     "FineTune",

@@ -16,7 +16,7 @@ from kd.stages.base import Config, Room, Stage
 from kd.stages.bindings import views_of
 from kd.stages.building import build, build_objective
 from kd.stages.image import FIT_SINCE, Distil, recipe, rehearse, trained
-from kd.stages.splits import load_data
+from kd.stages.splits import images_in, learnt_from
 from kd.store import Artifact
 from kd.training.settings import require
 
@@ -109,6 +109,7 @@ class Branches:
         Raises:
             InputError: if the network cannot be branched there, or a term cannot be bound.
         """
+        images_in(inputs)
         heard: dict[str, Config | Normalised] = {role: room.stand_in(inputs[role]) for role in teachers(inputs)}
         student = self._branched(None, room)
         for name, term in build_objective(self.objective, room).active.items():
@@ -124,7 +125,7 @@ class Branches:
 
     def run(self, inputs: Mapping[str, Artifact], out: Path, room: Room) -> dict[str, Any]:
         """Train all branches, judge each and the ensemble, save the one that is kept."""
-        splits = load_data(self.data, room)
+        splits = learnt_from(self.data, inputs, room)
         student = self._branched(splits, room)
         made = assemble(self, student, inputs, splits, room)
         metrics: dict[str, Any] = {}

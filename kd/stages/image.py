@@ -19,7 +19,7 @@ from kd.stages.base import Config, Room, Stage
 from kd.stages.bindings import bind_sides, reads_stages, views_of
 from kd.stages.building import build, build_objective
 from kd.stages.evaluation import CHOSEN, evaluated, peers_of
-from kd.stages.splits import data_print, load_data
+from kd.stages.splits import data_print, images_in, learnt_from, load_data
 from kd.store import Artifact, canonical
 from kd.training.settings import HISTORY, Fit
 
@@ -85,6 +85,8 @@ class Train:
 @dataclass(frozen=True)
 class Distil:
     """Train a student under an objective that hears a teacher, live or through its stored soft labels.
+
+    With an input `images` it learns from what that stage made, and not from the training samples of the data.
 
     Args:
         student: the network.
@@ -199,6 +201,7 @@ class Distil:
             InputError: if a layer path is not there, shapes cannot be bridged, or class counts differ.
         """
         place = f"pipeline.stages.{room.stage or 'student'}.inputs"
+        images_in(inputs)
         heard: dict[str, Config | Normalised] = {}
         for role in teachers(inputs):
             source = inputs[role]
@@ -234,7 +237,7 @@ class Distil:
 
     def run(self, inputs: Mapping[str, Artifact], out: Path, room: Room) -> dict[str, Any]:
         """Distil, evaluate against the labels and the teacher, save the student alone."""
-        splits = load_data(self.data, room)
+        splits = learnt_from(self.data, inputs, room)
         student = build(self.student, self.data, splits, self.seed, room)
         return train_net(self, student, inputs, splits, out, room, recipe(self.student, self.data, splits))
 

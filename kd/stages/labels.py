@@ -26,7 +26,7 @@ PRECISIONS = ("32-true", "bf16-mixed")
 
 @dataclass(frozen=True)
 class SoftLabels:
-    """The teacher's outputs on the training samples, in the order of the split.
+    """The teacher's outputs on the training samples, or on its input `images`, in the order of the split.
 
     Args:
         data: the data set; its `augment` makes the views.
@@ -162,21 +162,24 @@ class SoftLabels:
         Raises:
             InputError: if the teacher has no such layer, or it cannot be pooled.
         """
+        from kd.stages.splits import images_in
         from kd.training.trainer import check_compiler
 
         check_compiler("labels.compile", self.compile, room.run)
+        images_in(inputs)
         if self.features:
             from kd.training.trainer import blank
 
             net = room.stand_in(inputs["teacher"])
             widths = _widths(net, self._taps(net), blank(self.data, 2))
-            self._fits(widths, room)
+            self._fits(widths, images_in(inputs), room)
 
-    def _fits(self, widths: Mapping[str, int], room: Room) -> None:
+    def _fits(self, widths: Mapping[str, int], images: int | None, room: Room) -> None:
         """Refuse features that the disk cannot take; planning counts logits alone, for it knows no network."""
         from kd.stages.splits import training_samples
 
-        needed = self.layout(self.__dict__, training_samples(self.data, room), widths).bytes
+        samples = training_samples(self.data, room) if images is None else images
+        needed = self.layout(self.__dict__, samples, widths).bytes
         place = next(path for path in (room.work, *room.work.parents) if path.exists())
         if needed > (free := shutil.disk_usage(place).free):
             raise InputError(too_small(needed, free, place))
@@ -196,10 +199,10 @@ class SoftLabels:
 
     def run(self, inputs: Mapping[str, Artifact], out: Path, room: Room) -> dict[str, Any]:
         """The teacher's pass over the training split."""
-        from kd.stages.splits import data_print, load_data
+        from kd.stages.splits import data_print, learnt_from
         from kd.training.loggers import loggers, summarise
 
-        splits = load_data(self.data, room)
+        splits = learnt_from(self.data, inputs, room)
         if self.views is None:
             accuracy = self._still(inputs["teacher"], splits, out, room)
         else:

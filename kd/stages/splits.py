@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from kd.errors import InputError, KDError
+from kd.roles import plain
 from kd.stages.base import Config, Room
-from kd.store import canonical
+from kd.store import Artifact, canonical
 
 if TYPE_CHECKING:
     import torch
@@ -14,10 +16,60 @@ if TYPE_CHECKING:
     from kd.data import Split, Splits
 
 
+IMAGES = "images"  # the role of the stage whose images stand for the training split
+
+
 def load_data(data: Config, room: Room) -> Splits:
     """The splits; refused if their content is not what the key names."""
     found: Splits = room.once(("data", canonical(data)), lambda: _load(data, room))
     return found
+
+
+def learnt_from(data: Config, inputs: Mapping[str, Artifact], room: Room) -> Splits:
+    """The splits with what a stage learns from: its input `images`, if it has one, in the place of the training split.
+
+    Validation and test stay the data's own.
+
+    Raises:
+        KDError: if the images are not of the data's shape, or show classes that it has not, or labels are of others.
+    """
+    splits = load_data(data, room)
+    artifact = inputs.get(IMAGES)
+    for role, labels in inputs.items():
+        if plain(role) == "labels" and labels.card["document"]["inputs"].get(IMAGES) != (artifact and artifact.key):
+            raise KDError(f"{role} are of other images than the student sees; name one stage as the {IMAGES} of both")
+    if artifact is None:
+        return splits
+    found: Splits = room.once((IMAGES, artifact.key, canonical(data)), lambda: _made(splits, artifact, data))
+    return found
+
+
+def _made(splits: Splits, artifact: Artifact, data: Config) -> Splits:
+    from dataclasses import replace
+
+    from kd.data import dreams
+
+    made = dreams.read(artifact.file(dreams.IMAGES), int(data["channels"]), int(data["size"]))
+    if int(made.targets.max()) >= len(splits.classes):
+        count = int(made.targets.max()) + 1
+        raise KDError(f"the images show {count} classes, and {data['name']} has {len(splits.classes)}")
+    return replace(splits, train=made)
+
+
+def images_in(inputs: Mapping[str, Any]) -> int | None:
+    """How many images a stage learns from in the place of the data's; None where it learns from these.
+
+    Raises:
+        InputError: if the stage that is named makes none.
+    """
+    source = inputs.get(IMAGES)
+    if source is None:
+        return None
+    config = source.card["document"]["config"] if isinstance(source, Artifact) else vars(source)
+    makes = "images.safetensors" in source.card["files"] if isinstance(source, Artifact) else hasattr(source, "recipe")
+    if not makes:
+        raise InputError(f"{IMAGES} must name a stage that makes images, such as kd.stages.Dream")
+    return int(config["samples"])
 
 
 def source_of(data: Config, room: Room) -> Any:

@@ -47,6 +47,7 @@ def cards(store: Path, *words: str) -> tuple[list[str], dict[str, dict[str, Any]
 
 def kill_at(moment: str, at: int, one: Plan, run: Run, tell: Any) -> None:
     """Run a plan and die by SIGKILL when the student's training reaches a moment for the ``at``-th time."""
+    from kd.data import dreams
     from kd.stages import image
     from kd.training.callbacks import Checkpoint, Recorder
     from kd.training.module import Distiller
@@ -59,6 +60,7 @@ def kill_at(moment: str, at: int, one: Plan, run: Run, tell: Any) -> None:
         "the first checkpoint's writing": (Checkpoint, "write"),
         "evaluation": (image, "evaluated"),
         "storing": (Store, "put"),
+        "a batch of images": (dreams, "write"),
     }
     owner, name = where[moment]
     inner, count = getattr(owner, name), [0]
