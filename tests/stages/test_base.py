@@ -9,9 +9,12 @@ import pytest
 
 import kd.stages
 from kd.stages import (
+    Branches,
     Circle,
     Compare,
     Distil,
+    Dream,
+    Ensemble,
     Export,
     FineTune,
     LowRank,
@@ -25,6 +28,7 @@ from kd.stages import (
 from kd.training.settings import Run
 
 STAGES = [Train, MetaDistil, SoftLabels, Distil, Circle, Compare, Prune, LowRank, FineTune, Quantize, Export]
+STAGES += [Branches, Dream, Ensemble]
 
 
 def test_every_stage_is_tried_here():
