@@ -18,6 +18,12 @@ def test_a_round_times_all_four_loops_on_the_same_steps():
     assert all(line in shown for line in LOOPS.values()) and "(b)/(a)" in shown
 
 
+def test_a_term_that_asks_the_teacher_again_has_no_loop_of_stored_labels():
+    data, table = bench_step(["data=synthetic", "fit.batch_size=8", "loss=[ce,kd,diito]"], steps=2, rounds=1)
+    assert set(data["steps_per_second"]) == {"a", "b", "c"} and set(data["ratios"]) == {"b/a", "c/b"}
+    assert "a term runs the teacher again" in text(table)
+
+
 def test_the_clock_starts_after_the_warm_up_and_stops_after_the_steps(monkeypatch):
     now = iter([10.0, 12.5])
     monkeypatch.setattr("kd.benching.step.time.perf_counter", lambda: next(now))
