@@ -47,5 +47,5 @@ def offer(word: str, options: Iterable[str]) -> str:
     '; there are alpha, seed'
     """
     names = list(options)
-    listed = f"; there {'are' if len(names) > 1 else 'is'} {', '.join(names)}" if 0 < len(names) <= 20 else ""
+    listed = f"; there {'are' if len(names) > 1 else 'is'} {', '.join(names)}" if 0 < len(names) <= 30 else ""
     return nearest(word, names) or listed

@@ -32,4 +32,4 @@ def test_where_no_name_is_near_all_are_offered_unless_they_are_too_many():
     assert offer("x", ["alpha", "seed"]) == "; there are alpha, seed"
     assert offer("x", ["default"]) == "; there is default"
     assert offer("alfa", ["alpha", "seed"]) == "; did you mean 'alpha'?"
-    assert offer("x", []) == offer("x", [f"name{i}" for i in range(21)]) == ""
+    assert offer("x", []) == offer("x", [f"name{i}" for i in range(31)]) == ""
